@@ -1,0 +1,170 @@
+"""Fill the README's tables from the committed result files.
+
+    python -m benchmarks.readme_tables           # rewrite README.md
+    python -m benchmarks.readme_tables --check   # exit 1 if it would change
+
+Between ``<!-- table: NAME -->`` and ``<!-- end -->`` stands what ``TABLES[NAME]`` makes of the files
+in ``benchmarks/results``. A figure nobody measured reads "not measured".
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "cpu"
+NOT_MEASURED = "not measured"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing, report by status")
+    arguments = parser.parse_args()
+    readme = ROOT / "README.md"
+    before = readme.read_text(encoding="utf-8")
+    after = fill(before)
+    if arguments.check:
+        if before != after:
+            print("README.md: tables differ from benchmarks/results", file=sys.stderr)
+        return int(before != after)
+    readme.write_text(after, encoding="utf-8")
+    return 0
+
+
+def fill(text: str) -> str:
+    """The README with every table made anew."""
+
+    def replace(match: re.Match[str]) -> str:
+        name = match.group(1)
+        return f"<!-- table: {name} -->\n{TABLES[name]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", replace, text, flags=re.DOTALL)
+
+
+def read(name: str) -> dict[str, Any] | None:
+    path = RESULTS / name
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def demo_texts() -> str:
+    """What the demo printed: every user's text under the prompt."""
+    result = read("demo_float32.json")
+    if result is None:
+        return NOT_MEASURED
+    rows = [("nobody", "", result["unmodulated_text"])]
+    rows += [(u["name"], u["taste"] or "", u["text"]) for u in result["users"]]
+    lines = [f"Prompt: *{result['prompt']}*", "", "| user | likes | written for them |", "|---|---|---|"]
+    for name, taste, text in rows:
+        shown = text.replace("|", "\\|").replace("\n\n", "<br>").replace("\n", "<br>")
+        lines.append(f"| {name} | {taste} | {shown} |")
+    return "\n".join(lines)
+
+
+def demo_proof() -> str:
+    """Equality and speed of the demo in both dtypes."""
+    lines = ["| | float32 | bfloat16 |", "|---|---|---|"]
+    results = [read("demo_float32.json"), read("demo_bfloat16.json")]
+    rows: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
+        ("rows in the batch, of which different users", _rows),
+        ("largest log-probability difference from the user alone, nats", _diff("solo")),
+        ("… from the user's weights merged by hand, plain PyTorch", _diff("merged")),
+        ("tokens/s, one batch", lambda r: f"{r['tokens_per_s_batched']:.1f}"),
+        ("tokens/s, one user at a time", lambda r: f"{r['tokens_per_s_one_by_one']:.1f}"),
+        ("ratio", _ratio),
+    ]
+    for label, cell in rows:
+        cells = [NOT_MEASURED if r is None else cell(r) for r in results]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _rows(result: dict[str, Any]) -> str:
+    return f"{result['batch_rows']}, {result['distinct_users']}"
+
+
+def _diff(kind: str) -> Callable[[dict[str, Any]], str]:
+    return lambda result: f"{result[f'max_abs_logprob_diff_vs_{kind}']:.1e}"
+
+
+def _ratio(result: dict[str, Any]) -> str:
+    return f"{result['tokens_per_s_batched'] / result['tokens_per_s_one_by_one']:.2f}×"
+
+
+def swap_test() -> str:
+    """Tastes of texts written for users on both sides, and how good the texts are."""
+    result = read("swap_test.json")
+    if result is None:
+        return NOT_MEASURED
+    header = ["written for", *result["swap"], "words", "NLL a token", "− own samples", "loops"]
+    lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
+    for name, summary in result["conditions"].items():
+        tastes = [_plus_minus(summary["tastes"][taste]) for taste in result["swap"]]
+        above = summary.get("nll_above_own_samples")
+        cells = [
+            name,
+            *tastes,
+            _plus_minus(summary["words"], 1),
+            f"{summary['nll_per_token']:.2f}",
+            "" if above is None else f"{above:+.2f}",
+            f"{100 * summary['loops']:.0f} %",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines.append("")
+    for taste, swap in result["swap"].items():
+        lines.append(
+            f"* {taste}: more − less = {_plus_minus(swap['more_minus_less'])} over "
+            f"{result['num_prompts']} held-out prompts; right way round on "
+            f"{100 * swap['share_of_prompts_right']:.0f} %, wrong on "
+            f"{100 * swap['share_of_prompts_wrong']:.0f} % of them (the rest tie)."
+        )
+    return "\n".join(lines)
+
+
+def synthetic() -> str:
+    """NP-BTL on the synthetic task beside the exact limit."""
+    result = read("synthetic.json")
+    if result is None:
+        return NOT_MEASURED
+    contexts = result["heldout"]["contexts"]
+    lines = ["| choices | " + " | ".join(contexts) + " |", "|---|" + "---|" * len(contexts)]
+    ours = [f"{100 * c['accuracy']:.2f} ± {100 * c['accuracy_se']:.2f}" for c in contexts.values()]
+    limit = [f"{100 * c['bayes_accuracy']:.2f}" for c in contexts.values()]
+    lines.append("| accuracy, % | " + " | ".join(ours) + " |")
+    lines.append("| Bayes limit, % | " + " | ".join(limit) + " |")
+    return "\n".join(lines)
+
+
+def implicit_reward() -> str:
+    """Held-out accuracy of the shipped checkpoint's implicit reward."""
+    result = read("policy.json")
+    if result is None:
+        return NOT_MEASURED
+    known = [entry for entry in result["heldout"] if entry["accuracy"] is not None]
+    lines = ["| choices | " + " | ".join(str(e["n"]) for e in known) + " |"]
+    lines.append("|---|" + "---|" * len(known))
+    cells = [f"{100 * e['accuracy']:.1f} ± {100 * e['standard_error']:.1f}" for e in known]
+    lines.append("| accuracy, % | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _plus_minus(value: dict[str, float], digits: int = 2) -> str:
+    return f"{value['mean']:.{digits}f} ± {value['standard_error']:.{digits}f}"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "demo_texts": demo_texts,
+    "demo_proof": demo_proof,
+    "swap_test": swap_test,
+    "synthetic": synthetic,
+    "implicit_reward": implicit_reward,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,22 @@
+"""Operators for a language model whose weights differ from row to row of the batch.
+
+They know tensors and nothing of models. Every op has a PyTorch reference, which is its oracle, its
+fallback and its documentation; `explain` says which backend serves a call and why. Importing this
+package touches no GPU.
+"""
+
+from fssa_kernels.dispatch import explain
+from fssa_kernels.ops.expand_modulation.api import expand_modulation
+from fssa_kernels.ops.modulated_linear.api import modulated_linear
+from fssa_kernels.ops.paged_attention.api import paged_attention
+from fssa_kernels.ops.residual_film_rms_norm.api import residual_film_rms_norm
+from fssa_kernels.ops.rope_kv_write.api import rope_kv_write
+
+__all__ = [
+    "expand_modulation",
+    "explain",
+    "modulated_linear",
+    "paged_attention",
+    "residual_film_rms_norm",
+    "rope_kv_write",
+]

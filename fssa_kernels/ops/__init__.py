@@ -1,0 +1,1 @@
+"""One folder per op: api.py (public function, checks, registration), reference.py, backends."""

@@ -1,0 +1,226 @@
+"""Gradient of the modulated linear, by formula.
+
+With y = x W^T + b + low, u = x A^T, u' = u * g (gated), M u (core) or u (static), per projection:
+
+    dW = dy^T x      db = sum_t dy_t      du' = dy B      dB = dy^T u'
+    dg[slot_t] += du'_t * u_t      dM[slot_t] += du'_t u_t^T
+    du = du' * g, M^T du' or du'   dA = du^T x            dx = dy W + du A
+
+factors has its own A and B for every slot, so its sums run over the rows of that slot only.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fssa_kernels.checks import pick
+from fssa_kernels.dispatch import Backend
+from fssa_kernels.ops.modulated_linear.reference import modulate, widen
+from fssa_kernels.registration import Op
+
+
+def modulated_linear_bwd_ref(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    rows: Tensor | None,
+    slots: Tensor | None,
+    family: str,
+    splits: Sequence[int],
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """The needed ones of dx, dW, db, dA, dB and drows, in that order.
+
+    dy: [T,N] (there is no epilogue here). `needs` says which of the six are wanted. weight is read
+    for dx, lora_a and lora_b for all but dW and db, x for all but dx and db.
+    """
+    need_x, need_weight, need_bias, *need_side = needs
+    dx = dweight = dbias = da = db = drows = None
+    if need_x:
+        assert weight is not None
+        dx = dy @ weight
+    if need_weight:
+        assert x is not None
+        dweight = dy.t() @ x
+    if need_bias:
+        dbias = dy.sum(0)
+    if lora_a is not None and lora_b is not None:
+        low_needs = (need_x, *need_side)
+        if family == "factors":
+            assert slots is not None
+            low = _factors_bwd(dy, x, lora_a, lora_b, slots, splits, low_needs)
+        else:
+            low = _shared_bwd(dy, x, lora_a, lora_b, rows, slots, family, splits, low_needs)
+        dx_low, da, db, drows = low
+        if dx is not None and dx_low is not None:
+            dx += dx_low
+    return [grad for grad in (dx, dweight, dbias, da, db, drows) if grad is not None]
+
+
+def _shared_bwd(
+    dy: Tensor,
+    x: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    rows: Tensor | None,
+    slots: Tensor | None,
+    family: str,
+    splits: Sequence[int],
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """(dx of the low-rank term, dA, dB, drows) where all rows share A and B.
+
+    `needs` says which of the four are wanted; x is only read for the last three.
+    """
+    need_x, need_a, need_b, need_rows = needs
+    dy_parts = widen(dy).split(splits, 1)
+    a, b_parts = widen(lora_a), widen(lora_b).split(splits)
+    u = widen(x) @ a.t() if x is not None and (need_b or need_rows) else None
+    dx = da = db = drows = None
+    if need_b:
+        assert u is not None
+        u_parts = modulate(u, rows, slots, family).split(lora_b.shape[1], 1)
+        parts = [dy_s.t() @ u_s for dy_s, u_s in zip(dy_parts, u_parts, strict=True)]
+        db = torch.cat(parts).to(lora_b.dtype)
+    if need_x or need_a or need_rows:
+        du = torch.cat([dy_s @ b_s for dy_s, b_s in zip(dy_parts, b_parts, strict=True)], 1)
+        if need_rows:
+            assert rows is not None
+            assert slots is not None
+            assert u is not None
+            drows = _rows_bwd(du, u, rows, slots)
+        if need_x or need_a:
+            du = _modulate_bwd(du, rows, slots)
+        if need_a:
+            assert x is not None
+            da = (du.t() @ widen(x)).to(lora_a.dtype)
+        if need_x:
+            dx = du @ a
+    return dx, da, db, drows
+
+
+def _modulate_bwd(du: Tensor, rows: Tensor | None, slots: Tensor | None) -> Tensor:
+    """From the gradient of u' to that of u: du' * g, M^T du', or du' itself for static."""
+    if rows is None or slots is None:
+        return du
+    state = widen(pick("modulated_linear", "slots", rows, slots))
+    if state.dim() == 2:
+        return du * state
+    num_tokens, num_splits, rank, _ = state.shape
+    return (state.mT @ du.reshape(num_tokens, num_splits, rank, 1)).reshape(num_tokens, -1)
+
+
+def _rows_bwd(du: Tensor, u: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
+    """Sum over the tokens of each slot of du' * u (gated) or du' u^T (core)."""
+    if rows.dim() == 2:
+        per_token = du * u
+    else:
+        shape = (du.shape[0], *rows.shape[1:3])
+        per_token = du.reshape(shape).unsqueeze(3) * u.reshape(shape).unsqueeze(2)
+    return per_token.new_zeros(rows.shape).index_add_(0, slots, per_token).to(rows.dtype)
+
+
+def _factors_bwd(
+    dy: Tensor,
+    x: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    slots: Tensor,
+    splits: Sequence[int],
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """(dx of the low-rank term, dA, dB, None) where every slot has its own A and B."""
+    need_x, need_a, need_b, _ = needs
+    dx = widen(dy).new_zeros(dy.shape[0], lora_a.shape[2]) if need_x else None
+    all_da = torch.zeros_like(lora_a) if need_a else None
+    all_db = torch.zeros_like(lora_b) if need_b else None
+    for slot in slots.unique():
+        mine = (slots == slot).nonzero().squeeze(1)
+        x_mine = None if x is None else x[mine]
+        a, b = lora_a[slot], lora_b[slot]
+        dx_mine, da, db, _ = _shared_bwd(
+            dy[mine], x_mine, a, b, None, None, "static", splits, needs
+        )
+        if dx is not None and dx_mine is not None:
+            dx[mine] = dx_mine
+        if all_da is not None and da is not None:
+            all_da[slot] = da
+        if all_db is not None and db is not None:
+            all_db[slot] = db
+    return dx, all_da, all_db, None
+
+
+def save_for_bwd(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Keep what the needed gradients read, and nothing else."""
+    x, weight, _, lora_a, lora_b, rows, slots, family, splits, epilogue, _ = inputs
+    if epilogue != "none":
+        raise RuntimeError(
+            "modulated_linear: the operator has no gradient through its epilogue; "
+            "call fssa_kernels.modulated_linear, which composes it under grad"
+        )
+    need_x, need_weight, _, need_a, need_b, need_rows = ctx.needs_input_grad[:6]
+    need_low = family != "none" and (need_x or need_a or need_b or need_rows)
+    ctx.family, ctx.splits = family, splits
+    ctx.save_for_backward(
+        x if need_weight or need_a or need_b or need_rows else None,
+        weight if need_x else None,
+        lora_a if need_low else None,
+        lora_b if need_low else None,
+        rows if need_low else None,
+        slots if need_low else None,
+    )
+
+
+def modulated_linear_bwd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients for the forward operator's inputs, None where none is needed."""
+    needs = list(ctx.needs_input_grad[:6])
+    grads = iter(OP_BWD(dy, *ctx.saved_tensors, ctx.family, ctx.splits, needs, "auto"))
+    return (*(next(grads) if need else None for need in needs), None, None, None, None, None)
+
+
+def _fake_bwd(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    rows: Tensor | None,
+    slots: Tensor | None,
+    family: str,
+    splits: Sequence[int],
+    needs: Sequence[bool],
+    backend: str,
+) -> list[Tensor]:
+    grads = []
+    if needs[0]:
+        assert weight is not None
+        grads.append(dy.new_empty(dy.shape[0], weight.shape[1]))
+    if needs[1]:
+        assert x is not None
+        grads.append(dy.new_empty(dy.shape[1], x.shape[1]))
+    if needs[2]:
+        grads.append(dy.new_empty(dy.shape[1]))
+    for need, tensor in zip(needs[3:], (lora_a, lora_b, rows), strict=True):
+        if need:
+            assert tensor is not None
+            grads.append(tensor.new_empty(tensor.shape))
+    return grads
+
+
+def _prepare_bwd(*inputs: Any) -> tuple[Any, ...]:
+    """Nothing to check: only modulated_linear_bwd calls, with what the forward has checked."""
+    return inputs
+
+
+OP_BWD = Op(
+    "modulated_linear_bwd",
+    "(Tensor dy, Tensor? x, Tensor? weight, Tensor? lora_a, Tensor? lora_b, Tensor? rows, "
+    "Tensor? slots, str family, int[] splits, bool[] needs, str backend) -> Tensor[]",
+    prepare=_prepare_bwd,
+    backends=(Backend("reference", modulated_linear_bwd_ref),),
+    fake=_fake_bwd,
+)

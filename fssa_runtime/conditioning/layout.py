@@ -1,0 +1,201 @@
+"""Which parts of a model are modulated, how, and where each user's numbers lie in a table row.
+
+A user is one row of numbers. The row is cut into one piece for each modulated site (a stacked
+linear of a layer, or a layer's output); `RowLayout` knows the cuts and gives each op its view.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from typing_extensions import Self
+
+from ..models.config import DecoderConfig
+
+LinearName = Literal["q", "k", "v", "o", "gate", "up", "down"]
+LINEARS: tuple[LinearName, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+# Linears that share their input are one stacked matrix, and one site.
+GROUPS: dict[str, tuple[LinearName, ...]] = {
+    "qkv": ("q", "k", "v"),
+    "o": ("o",),
+    "gate_up": ("gate", "up"),
+    "down": ("down",),
+}
+BLOCK = "block"
+
+
+class FamilyConfig(BaseModel):
+    """One family of modulation and the sites it acts on, in every layer.
+
+    ``static``, ``gated``, ``core`` and ``factors`` act on ``sites`` (linears) with ``rank``;
+    ``film`` acts on the output of every block and has neither.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    family: Literal["static", "gated", "core", "factors", "film"]
+    sites: tuple[LinearName, ...] = ()
+    rank: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.family == "film":
+            if self.sites or self.rank:
+                raise ValueError("film acts on every block output: expected no sites and no rank")
+        elif not self.sites or not self.rank:
+            raise ValueError(f"{self.family}: expected sites (of {', '.join(LINEARS)}) and a rank")
+        if len(set(self.sites)) != len(self.sites):
+            raise ValueError(f"{self.family}: a site is named twice in {list(self.sites)}")
+        return self
+
+
+class ModulatorConfig(BaseModel):
+    """All families of a conditioning checkpoint and the latent size Z they are generated from."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    latent_dim: int = Field(ge=1)
+    families: tuple[FamilyConfig, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _one_family_a_group(self) -> Self:
+        if sum(f.family == "film" for f in self.families) > 1:
+            raise ValueError("families: film is named twice")
+        for group, members in GROUPS.items():
+            kinds = {(f.family, f.rank) for f in self.families if set(f.sites) & set(members)}
+            if len(kinds) > 1:
+                raise ValueError(
+                    f"families: {', '.join(members)} share one matrix and so one family and rank, "
+                    f"got {sorted(kinds)}"
+                )
+            claimed = [site for f in self.families for site in f.sites if site in members]
+            if len(set(claimed)) != len(claimed):
+                raise ValueError(f"families: a site of {group} is named by two families")
+        return self
+
+
+@dataclass(frozen=True)
+class Site:
+    """One modulated place and its piece ``[offset, offset + width)`` of a row.
+
+    For a linear group: ``splits`` are the output sizes of its stacked projections,
+    ``projections`` those of them that are modulated, ``in_features`` K.
+    """
+
+    layer: int
+    group: str
+    family: str
+    rank: int
+    projections: tuple[LinearName, ...]
+    splits: tuple[int, ...]
+    in_features: int
+    offset: int
+    width: int
+
+    @property
+    def members(self) -> tuple[LinearName, ...]:
+        """Every projection stacked in this group, modulated or not."""
+        return GROUPS[self.group]
+
+
+class RowLayout:
+    """Sites of a configuration on a model, and the width W of a row.
+
+    Pieces a hypernetwork generates come first (``generated_width`` numbers); pieces that are data
+    (``factors``: a user's own A and B) come after. ``static`` sites have no piece.
+    """
+
+    def __init__(self, config: ModulatorConfig, decoder: DecoderConfig) -> None:
+        shapes = _group_shapes(decoder)
+        found: list[Site] = []
+        for layer in range(decoder.num_layers):
+            for family in config.families:
+                if family.family == "film":
+                    width = 2 * decoder.hidden_size
+                    found.append(
+                        Site(layer, BLOCK, "film", 0, (), (), decoder.hidden_size, 0, width)
+                    )
+                    continue
+                for group, members in GROUPS.items():
+                    modulated = tuple(name for name in members if name in family.sites)
+                    if modulated:
+                        splits, in_features = shapes[group]
+                        width = _width(family.family, family.rank, splits, in_features)
+                        found.append(
+                            Site(
+                                layer,
+                                group,
+                                family.family,
+                                family.rank,
+                                modulated,
+                                splits,
+                                in_features,
+                                0,
+                                width,
+                            )
+                        )
+        found.sort(key=lambda site: site.family == "factors")
+        sites: list[Site] = []
+        offset = 0
+        for site in found:
+            sites.append(Site(**{**site.__dict__, "offset": offset}))
+            offset += site.width
+        self.sites = tuple(sites)
+        self.width = offset
+        self.generated_width = sum(s.width for s in sites if s.family != "factors")
+
+    def identity(self) -> torch.Tensor:
+        """The row ``[W]`` float32 that leaves the model as it is: γ = 1, all else 0."""
+        row = torch.zeros(self.width)
+        for site in self.sites:
+            if site.family == "film":
+                row[site.offset : site.offset + site.width // 2] = 1.0
+        return row
+
+    @staticmethod
+    def piece(site: Site, table: torch.Tensor) -> torch.Tensor:
+        """The site's columns of ``table [U, W]``, in the shape its op takes; a view.
+
+        film ``[U, 2, C]``; gated ``[U, S*R]``; core ``[U, S, R, R]``.
+        """
+        columns = table[:, site.offset : site.offset + site.width]
+        if site.family == "film":
+            return columns.unflatten(1, (2, -1))
+        if site.family == "core":
+            return columns.unflatten(1, (len(site.splits), site.rank, site.rank))
+        return columns
+
+    @staticmethod
+    def factors(site: Site, table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The users' own factors of a ``factors`` site: views ``[U, S*R, K]``, ``[U, N, R]``."""
+        columns = table[:, site.offset : site.offset + site.width]
+        num_a = len(site.splits) * site.rank * site.in_features
+        lora_a = columns[:, :num_a].unflatten(1, (-1, site.in_features))
+        lora_b = columns[:, num_a:].unflatten(1, (-1, site.rank))
+        return lora_a, lora_b
+
+
+def _width(family: str, rank: int, splits: tuple[int, ...], in_features: int) -> int:
+    projections = len(splits)
+    return {
+        "static": 0,
+        "gated": projections * rank,
+        "core": projections * rank * rank,
+        "factors": rank * (projections * in_features + sum(splits)),
+    }[family]
+
+
+def _group_shapes(decoder: DecoderConfig) -> dict[str, tuple[tuple[int, ...], int]]:
+    hidden = decoder.hidden_size
+    shapes = {
+        "qkv": (decoder.qkv_splits, hidden),
+        "o": ((hidden,), decoder.num_heads * decoder.head_dim),
+        "gate_up": (decoder.gate_up_splits, hidden),
+        "down": ((hidden,), decoder.intermediate_size),
+    }
+    assert all(math.prod(splits) > 0 for splits, _ in shapes.values())
+    return shapes

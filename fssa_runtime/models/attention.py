@@ -1,0 +1,112 @@
+"""Two ways for a layer's queries to meet keys and values: a paged cache, or whole sequences.
+
+The decoder calls ``attend`` and does not know which it has. `PagedAttention` serves generation;
+`PackedAttention` serves training and scoring, where sequences are known whole and gradients flow.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+
+from fssa_kernels import paged_attention, rope_kv_write
+from fssa_kernels.ops.rope_kv_write.reference import apply_rope
+
+
+class Attention(Protocol):
+    """One step's attention over every layer."""
+
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        positions: torch.Tensor,
+        cos_sin: torch.Tensor,
+        window: int,
+    ) -> torch.Tensor:
+        """Rotate ``q [T,H,D]`` and ``k [T,Hkv,D]``, attend causally, return ``[T,H,D]``."""
+        ...
+
+
+@dataclass(frozen=True)
+class PagedAttention:
+    """Attention of a step over pages of a key-value cache, which the step's keys are added to.
+
+    ``k_cache``, ``v_cache``: ``[L, num_pages, P, Hkv, D]``; the rest as in
+    `fssa_kernels.rope_kv_write` and `fssa_kernels.paged_attention`.
+    """
+
+    k_cache: torch.Tensor
+    v_cache: torch.Tensor
+    kv_slots: torch.Tensor
+    block_tables: torch.Tensor
+    kv_lens: torch.Tensor
+    q_indptr: torch.Tensor
+
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        positions: torch.Tensor,
+        cos_sin: torch.Tensor,
+        window: int,
+    ) -> torch.Tensor:
+        k_cache, v_cache = self.k_cache[layer], self.v_cache[layer]
+        rotated = rope_kv_write(q, k, v, positions, cos_sin, k_cache, v_cache, self.kv_slots)
+        return paged_attention(
+            rotated,
+            k_cache,
+            v_cache,
+            self.block_tables,
+            self.kv_lens,
+            self.q_indptr,
+            scale=q.shape[-1] ** -0.5,
+            window=window,
+        )
+
+
+@dataclass(frozen=True)
+class PackedAttention:
+    """Causal attention inside each of several whole sequences, laid end to end without padding.
+
+    ``lengths``: tokens of each sequence, their sum is T. Differentiable.
+    """
+
+    lengths: tuple[int, ...]
+
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        positions: torch.Tensor,
+        cos_sin: torch.Tensor,
+        window: int,
+    ) -> torch.Tensor:
+        q, k = apply_rope(q, positions, cos_sin), apply_rope(k, positions, cos_sin)
+        parts = zip(*(t.transpose(0, 1).split(self.lengths, dim=1) for t in (q, k, v)), strict=True)
+        outs = [_causal(*part, window=window) for part in parts]
+        return torch.cat(outs, dim=1).transpose(0, 1)
+
+
+def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, window: int) -> torch.Tensor:
+    """One sequence: ``q [H,S,D]``, ``k, v [Hkv,S,D]`` -> ``[H,S,D]``."""
+    length = q.shape[1]
+    mask = None
+    if window and window < length:
+        index = torch.arange(length, device=q.device)
+        distance = index[:, None] - index[None, :]
+        mask = (distance >= 0) & (distance < window)
+    # A batch of one, because the grouped-query kernels ask for four dimensions.
+    out = F.scaled_dot_product_attention(
+        q[None], k[None], v[None], attn_mask=mask, is_causal=mask is None, enable_gqa=True
+    )
+    return out[0]

@@ -1,0 +1,214 @@
+"""One decoder for every architecture of the registry, written on the project's ops.
+
+``embed -> [norm -> qkv -> attention -> o -> norm -> gate,up -> down] x L -> norm -> logits``.
+Each residual addition, FiLM of the block's output and the norm that follows are one op.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fssa_kernels import modulated_linear, residual_film_rms_norm
+
+from ..conditioning.modulation import LinearModulation, Modulation
+from .attention import Attention
+from .config import DecoderConfig
+
+
+def _frozen(*shape: int, dtype: torch.dtype, device: torch.device | str) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+
+
+class DecoderLayer(nn.Module):
+    """Weights of one layer, stacked where projections share their input."""
+
+    qkv_bias: nn.Parameter | None
+    o_bias: nn.Parameter | None
+    gate_up_bias: nn.Parameter | None
+    down_bias: nn.Parameter | None
+    q_norm: nn.Parameter | None
+    k_norm: nn.Parameter | None
+
+    def __init__(
+        self, config: DecoderConfig, index: int, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        super().__init__()
+        self.index = index
+        self.config = config
+
+        def new(*shape: int) -> nn.Parameter:
+            return _frozen(*shape, dtype=dtype, device=device)
+
+        hidden, intermediate = config.hidden_size, config.intermediate_size
+        heads = config.num_heads * config.head_dim
+        self.input_norm = new(hidden)
+        self.post_norm = new(hidden)
+        self.qkv_weight = new(sum(config.qkv_splits), hidden)
+        self.qkv_bias = new(sum(config.qkv_splits)) if config.qkv_bias else None
+        self.o_weight = new(hidden, heads)
+        self.o_bias = new(hidden) if config.o_bias else None
+        self.gate_up_weight = new(2 * intermediate, hidden)
+        self.gate_up_bias = new(2 * intermediate) if config.mlp_bias else None
+        self.down_weight = new(hidden, intermediate)
+        self.down_bias = new(hidden) if config.mlp_bias else None
+        self.q_norm = new(config.head_dim) if config.qk_norm else None
+        self.k_norm = new(config.head_dim) if config.qk_norm else None
+
+    def attention(
+        self,
+        x: torch.Tensor,
+        positions: torch.Tensor,
+        cos_sin: torch.Tensor,
+        attention: Attention,
+        modulation: Modulation | None,
+    ) -> torch.Tensor:
+        """``[T,C] -> [T,C]``: q, k, v, attention, o."""
+        config = self.config
+        qkv = self._linear("qkv", x, modulation, splits=config.qkv_splits)
+        q, k, v = (
+            part.unflatten(-1, (-1, config.head_dim))
+            for part in qkv.split(config.qkv_splits, dim=-1)
+        )
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self._head_norm(q, self.q_norm), self._head_norm(k, self.k_norm)
+        window = config.windows[self.index]
+        out = attention.attend(self.index, q, k, v, positions, cos_sin, window)
+        return self._linear("o", out.flatten(1), modulation)
+
+    def mlp(self, x: torch.Tensor, modulation: Modulation | None) -> torch.Tensor:
+        """``[T,C] -> [T,C]``: ``down(act(gate x) * up x)``."""
+        splits = self.config.gate_up_splits
+        hidden = self._linear(
+            "gate_up", x, modulation, splits=splits, epilogue=self.config.activation
+        )
+        return self._linear("down", hidden, modulation)
+
+    def _head_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        flat = x.reshape(-1, self.config.head_dim)
+        normed, _ = residual_film_rms_norm(flat, None, weight, eps=self.config.norm_eps)
+        return normed.view(x.shape)
+
+    def _linear(
+        self,
+        group: str,
+        x: torch.Tensor,
+        modulation: Modulation | None,
+        *,
+        splits: tuple[int, ...] | None = None,
+        epilogue: str = "none",
+    ) -> torch.Tensor:
+        weight, bias = getattr(self, f"{group}_weight"), getattr(self, f"{group}_bias")
+        site: LinearModulation | None = None
+        if modulation is not None:
+            site = modulation.linears[self.index].get(group)
+        if modulation is None or site is None:
+            return modulated_linear(x, weight, bias, splits=splits, epilogue=epilogue)
+        return modulated_linear(
+            x,
+            weight,
+            bias,
+            site.lora_a,
+            site.lora_b,
+            site.rows,
+            None if site.family == "static" else modulation.slots,
+            family=site.family,
+            splits=splits,
+            epilogue=epilogue,
+        )
+
+
+class Decoder(nn.Module):
+    """A frozen causal language model over flat tokens; see `DecoderConfig`.
+
+    Args:
+        config: the architecture.
+        dtype: of weights and activations: float32 or bfloat16 (float64 for references).
+    """
+
+    cos_sin: torch.Tensor
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = _frozen(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, i, dtype, device) for i in range(config.num_layers)
+        )
+        self.final_norm = _frozen(config.hidden_size, dtype=dtype, device=device)
+        self.lm_head = (
+            self.embedding
+            if config.tie_embeddings
+            else _frozen(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
+        )
+        self.register_buffer("cos_sin", _cos_sin(config).to(device), persistent=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.device
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        attention: Attention,
+        modulation: Modulation | None = None,
+    ) -> torch.Tensor:
+        """Final normed hidden states ``[T,C]`` of ``tokens [T]`` at ``positions [T]`` (int32)."""
+        config = self.config
+        x = F.embedding(tokens, self.embedding)
+        if config.embedding_scale != 1.0:
+            # Rounded to the working dtype first, as the published models were trained.
+            x = x * torch.tensor(config.embedding_scale, dtype=x.dtype, device=x.device)
+        norms = [layer.input_norm for layer in self._layers()][1:] + [self.final_norm]
+        normed, residual = self._norm(x, None, self._layers()[0].input_norm, None, None)
+        for layer, next_norm in zip(self._layers(), norms, strict=True):
+            x = layer.attention(normed, positions, self.cos_sin, attention, modulation)
+            normed, residual = self._norm(x, residual, layer.post_norm, None, None)
+            x = layer.mlp(normed, modulation)
+            film = None if modulation is None else modulation.films[layer.index]
+            slots = None if modulation is None or film is None else modulation.slots
+            normed, residual = self._norm(x, residual, next_norm, film, slots)
+        return normed
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """``[T,C] -> [T,V]`` in the working dtype."""
+        return F.linear(hidden, self.lm_head)
+
+    def _layers(self) -> list[DecoderLayer]:
+        return list(self.layers)  # type: ignore[arg-type]
+
+    def _norm(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        weight: torch.Tensor,
+        film: torch.Tensor | None,
+        slots: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return residual_film_rms_norm(
+            x,
+            residual,
+            weight,
+            film,
+            slots,
+            eps=self.config.norm_eps,
+            weight_offset=self.config.norm_weight_offset,
+        )
+
+
+def _cos_sin(config: DecoderConfig) -> torch.Tensor:
+    """``[max_positions, D]`` fp32: cosines, then sines, of every position's angles."""
+    positions = torch.arange(config.max_positions, dtype=torch.float32)
+    angles = torch.outer(positions, torch.tensor(config.rope_inv_freq, dtype=torch.float32))
+    return torch.cat([angles.cos(), angles.sin()], dim=-1) * config.rope_attention_scaling

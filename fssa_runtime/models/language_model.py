@@ -1,0 +1,185 @@
+"""A decoder with its tokenizer: what every command opens when it is given ``--model``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import InputError
+from .config import decoder_config
+from .decoder import Decoder
+from .pull import CATALOGUE, pull, pulled_folder
+from .weights import load_decoder
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+# Text, or chat messages: mappings or (role, content) pairs.
+Content = str | Sequence[Any]
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A loaded base model.
+
+    Attributes:
+        name: what it was opened by.
+        folder: where its files lie.
+        fingerprint: of the weights; a conditioning checkpoint names the base it was made for by it.
+        stop_tokens: tokens that end an answer.
+    """
+
+    name: str
+    folder: Path
+    decoder: Decoder
+    tokenizer: Any
+    fingerprint: str
+    stop_tokens: frozenset[int]
+
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        *,
+        dtype: torch.dtype | str = "float32",
+        device: torch.device | str = "cpu",
+        show_progress: bool = False,
+    ) -> LanguageModel:
+        """Open a catalogue name (pulled if need be), a folder, or a hub id.
+
+        Raises:
+            InputError: nothing there, no network, an unsupported architecture, damaged files.
+        """
+        if isinstance(dtype, str):
+            if dtype not in DTYPES:
+                raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+            dtype = DTYPES[dtype]
+        folder = locate(name, show_progress=show_progress)
+        hf = _read_hf_config(folder)
+        decoder, fingerprint = load_decoder(decoder_config(hf), folder, dtype, device)
+        tokenizer = _read_tokenizer(folder)
+        stops = _stop_tokens(folder, hf, tokenizer)
+        return cls(name, folder, decoder, tokenizer, fingerprint, stops)
+
+    def chat_tokens(self, prompt: Content) -> list[int]:
+        """Tokens of a prompt (text is one user message) up to where the answer begins."""
+        messages = _messages(prompt, "user")
+        if getattr(self.tokenizer, "chat_template", None) is None:
+            text = "\n\n".join(message["content"] for message in messages) + "\n\n"
+            return self.tokenizer(text)["input_ids"]
+        rendered = self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+        return self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+
+    def answer_tokens(self, answer: str) -> list[int]:
+        """Tokens of an answer, ended by a stop token: what the model would have to write."""
+        tokens = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
+        return [*tokens, self.end_token]
+
+    def option_tokens(self, prompt: Content, completion: Content) -> tuple[list[int], list[int]]:
+        """Tokens of a prompt and of one answer to it.
+
+        Raises:
+            InputError: an answer of several turns, or an option longer than the model's context.
+        """
+        turns = _messages(completion, "assistant")
+        if len(turns) != 1 or turns[0]["role"] != "assistant":
+            roles = [turn["role"] for turn in turns]
+            raise InputError(f"a completion must be one assistant turn, got turns {roles}")
+        before, answer = self.chat_tokens(prompt), self.answer_tokens(turns[0]["content"])
+        if len(before) + len(answer) > self.decoder.config.max_positions:
+            raise InputError(
+                f"an option has {len(before) + len(answer)} tokens, "
+                f"the model holds {self.decoder.config.max_positions}"
+            )
+        return before, answer
+
+    @property
+    def end_token(self) -> int:
+        """The token an answer ends with (the tokenizer's own end if it is a stop token)."""
+        own = self.tokenizer.eos_token_id
+        return own if own in self.stop_tokens else min(self.stop_tokens)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of an answer's tokens, special tokens left out."""
+        return self.tokenizer.decode(list(tokens), skip_special_tokens=True)
+
+
+def _messages(content: Content, role: str) -> list[dict[str, str]]:
+    if isinstance(content, str):
+        return [{"role": role, "content": content}]
+    return [
+        dict(turn) if isinstance(turn, Mapping) else {"role": turn[0], "content": turn[1]}
+        for turn in content
+    ]
+
+
+def locate(name: str, *, show_progress: bool = False) -> Path:
+    """The folder of a model given by catalogue name, path or hub id.
+
+    Raises:
+        InputError: nothing of that name can be had.
+    """
+    if name in CATALOGUE:
+        folder = pulled_folder(name)
+        return folder if folder.is_dir() else pull(name, show_progress=show_progress)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise InputError(f"--model {name}: expected a folder, found a file")
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise InputError(
+            f"--model {name}: no such folder; expected one of {', '.join(CATALOGUE)}, "
+            "a folder with config.json and safetensors, or a hub id (owner/name)"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"])
+        )
+    except Exception as error:  # the hub's client raises many kinds, all meaning "cannot be had"
+        raise InputError(
+            f"--model {name}: not a folder here, and the hub could not be asked "
+            f"({type(error).__name__})"
+        ) from error
+
+
+def _read_hf_config(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder} holds no config.json; expected a Hugging Face model folder")
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (ValueError, OSError, KeyError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise InputError(f"{folder}/config.json cannot be used: {first_line}") from error
+
+
+def _read_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # tokenizers' own errors share no base class
+        raise InputError(f"{folder}: the tokenizer cannot be read: {error}") from error
+
+
+def _stop_tokens(folder: Path, hf: Any, tokenizer: Any) -> frozenset[int]:
+    stops: set[int] = set()
+    found: list[Any] = [getattr(hf, "eos_token_id", None), tokenizer.eos_token_id]
+    if (folder / "generation_config.json").is_file():
+        from transformers import GenerationConfig
+
+        found.append(GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id)
+    for value in found:
+        stops.update(value if isinstance(value, list) else [] if value is None else [value])
+    if not stops:
+        raise InputError(f"{folder}: no end-of-text token in config or tokenizer")
+    return frozenset(stops)

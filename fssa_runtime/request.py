@@ -1,0 +1,64 @@
+"""What goes into the engine and what comes out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from .errors import InputError
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen. ``temperature=0`` is greedy; ``top_k=0`` and ``top_p=1`` are off.
+
+    ``seed`` makes a sampled answer repeatable, whatever else is in the batch.
+
+    Raises:
+        InputError: a value out of range, named.
+    """
+
+    max_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise InputError(f"max_tokens must be at least 1, got {self.max_tokens}")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise InputError(f"temperature must be finite and >= 0, got {self.temperature}")
+        if self.top_k < 0:
+            raise InputError(f"top_k must be >= 0 (0 is off), got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top_p must be in (0, 1], got {self.top_p}")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt of one user.
+
+    ``slot`` is the user's row of the modulation table, 0 for nobody. With ``forced_tokens`` the
+    engine writes those instead of choosing, through the same prefill and decode steps: that is
+    how log-probabilities of one text are compared between batches.
+    """
+
+    prompt_tokens: Sequence[int]
+    slot: int = 0
+    sampling: SamplingParams = SamplingParams()
+    forced_tokens: Sequence[int] | None = None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """An answer: its tokens (a stop token included), their log-probabilities in nats, and why it
+    ended."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    finish_reason: FinishReason

@@ -1,0 +1,193 @@
+"""Losses of METHOD.md section 3 and the log-probabilities they are made of.
+
+Everything is reduced in float32 whatever the dtype of the inputs, is differentiable, and takes
+padding through boolean masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+
+def btl_loss(reward_chosen: Tensor, reward_rejected: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Bradley-Terry-Luce negative log-likelihood, averaged over the choices.
+
+        loss = mean_j -log sigmoid( r(chosen_j) - r(rejected_j) )
+
+    reward_chosen, reward_rejected: same shape, any; mask: the same shape, bool, True where there
+    is a choice (all, if None). A masked-out place has no influence even when NaN. With no choice
+    at all the loss is 0. Returns a float32 scalar. ValueError when the shapes differ.
+    """
+    _check_same_shape(reward_chosen, ("reward_rejected", reward_rejected), ("mask", mask))
+    return _mean_nll(reward_chosen.float() - reward_rejected.float(), mask)
+
+
+def kl_diagonal_gaussians(
+    mean_q: Tensor, log_std_q: Tensor, mean_p: Tensor, log_std_p: Tensor
+) -> Tensor:
+    """KL[ N(mean_q, diag(std_q²)) || N(mean_p, diag(std_p²)) ] in nats.
+
+        KL = Σ_z  log(std_p/std_q) + (std_q² + (mean_q - mean_p)²) / (2 std_p²) - ½
+
+    All [..., Z] of one shape; returns [...] float32. ValueError when the shapes differ.
+    """
+    _check_same_shape(
+        mean_q, ("log_std_q", log_std_q), ("mean_p", mean_p), ("log_std_p", log_std_p)
+    )
+    log_ratio = log_std_q.float() - log_std_p.float()
+    shift = (mean_q.float() - mean_p.float()) * torch.exp(-log_std_p.float())
+    return (0.5 * (torch.exp(2 * log_ratio) + shift.square() - 1) - log_ratio).sum(dim=-1)
+
+
+def implicit_reward(policy_logprob: Tensor, reference_logprob: Tensor, *, beta: float) -> Tensor:
+    """r(y) = beta · ( log π(ỹ | x, z) - log π_ref(ỹ | x) ), float32, shape of the inputs."""
+    _check_same_shape(policy_logprob, ("reference_logprob", reference_logprob))
+    return beta * (policy_logprob.float() - reference_logprob.float())
+
+
+def dpo_loss(
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    reference_chosen: Tensor,
+    reference_rejected: Tensor,
+    *,
+    beta: float,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Direct preference optimisation on log-probabilities of whole responses.
+
+        r(y) = beta · ( log π(ỹ | x, z) - log π_ref(ỹ | x) )
+        loss = mean_j -log sigmoid( r(chosen_j) - r(rejected_j) )
+
+    The four log-probabilities are sums over response tokens (`sequence_logprob`), of one shape;
+    mask: the same shape, bool, True where there is a choice. Returns a float32 scalar.
+    ValueError when the shapes differ or beta <= 0. METHOD.md section 3 (NP-DPO).
+    """
+    if beta <= 0:
+        raise ValueError(f"beta: expected a positive number, got {beta}")
+    _check_same_shape(
+        policy_chosen,
+        ("policy_rejected", policy_rejected),
+        ("reference_chosen", reference_chosen),
+        ("reference_rejected", reference_rejected),
+        ("mask", mask),
+    )
+    margin = implicit_reward(policy_chosen, reference_chosen, beta=beta) - implicit_reward(
+        policy_rejected, reference_rejected, beta=beta
+    )
+    return _mean_nll(margin, mask)
+
+
+def token_logprob(logits: Tensor, tokens: Tensor, *, chunk_size: int = 256) -> Tensor:
+    """log softmax(logits_i)[tokens_i] for every row.
+
+    logits [M, V] any float dtype, tokens [M] integer; returns [M] float32. Works on `chunk_size`
+    rows at a time and recomputes them in the backward pass, so that at most [chunk_size, V]
+    exists in float32. Row i of logits must already be the prediction *of* tokens_i.
+    """
+    return token_logprob_from_hidden(logits, tokens, _identity, chunk_size=chunk_size)
+
+
+def token_logprob_from_hidden(
+    hidden: Tensor,
+    tokens: Tensor,
+    project: Callable[[Tensor], Tensor],
+    *,
+    chunk_size: int = 256,
+) -> Tensor:
+    """`token_logprob` of project(hidden), with the logits themselves made chunk by chunk.
+
+    hidden [M, C]; project: [m, C] → [m, V] (language-model head, soft capping included); tokens
+    [M] integer; returns [M] float32. Logits are recomputed in the backward pass and never exist
+    for more than `chunk_size` rows.
+    """
+    if hidden.ndim != 2 or tokens.shape != hidden.shape[:1]:
+        raise ValueError(
+            f"tokens: expected one for each row of hidden or logits {tuple(hidden.shape)}, "
+            f"got {tuple(tokens.shape)}"
+        )
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size: expected at least 1, got {chunk_size}")
+    if not len(tokens):
+        return hidden.new_zeros(0, dtype=torch.float32)
+
+    def of_chunk(rows: Tensor, wanted: Tensor) -> Tensor:
+        logits = project(rows).float()
+        picked = logits.gather(-1, wanted[:, None].long())[:, 0]
+        return picked - torch.logsumexp(logits, dim=-1)
+
+    recompute = torch.is_grad_enabled()
+    parts = [
+        checkpoint(of_chunk, rows, wanted, use_reentrant=False)
+        if recompute
+        else of_chunk(rows, wanted)
+        # split, not slices: its backward joins the pieces once instead of adding up one
+        # full-size, mostly zero gradient for each piece.
+        for rows, wanted in zip(hidden.split(chunk_size), tokens.split(chunk_size), strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def sequence_logprob(
+    logits: Tensor, tokens: Tensor, mask: Tensor, *, chunk_size: int = 256
+) -> Tensor:
+    """Log-probability of the marked tokens of every sequence.
+
+        out_b = Σ_{t >= 1, mask[b,t]}  log softmax(logits[b, t-1])[ tokens[b, t] ]
+
+    logits [B, T, V]: position t predicts token t+1, as causal models return them. tokens [B, T]
+    integer. mask [B, T] bool, True exactly at the response tokens (not the prompt, not padding);
+    position 0 has no prediction and never counts. Returns [B] float32. Unmarked positions have no
+    influence, even when NaN. ValueError/TypeError on wrong shapes or mask dtype.
+    """
+    return sequence_logprob_from_hidden(logits, tokens, mask, _identity, chunk_size=chunk_size)
+
+
+def sequence_logprob_from_hidden(
+    hidden: Tensor,
+    tokens: Tensor,
+    mask: Tensor,
+    project: Callable[[Tensor], Tensor],
+    *,
+    chunk_size: int = 256,
+) -> Tensor:
+    """`sequence_logprob` of project(hidden), projecting only the positions that count.
+
+    hidden [B, T, C] final hidden states; project: [m, C] → [m, V]; tokens, mask, result and
+    errors as for `sequence_logprob`.
+    """
+    if hidden.ndim != 3 or tokens.shape != hidden.shape[:2] or mask.shape != hidden.shape[:2]:
+        raise ValueError(
+            f"tokens, mask: expected [B, T] for hidden or logits [B, T, ...] of shape "
+            f"{tuple(hidden.shape)}, got {tuple(tokens.shape)} and {tuple(mask.shape)}"
+        )
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask: expected dtype torch.bool, got {mask.dtype}")
+    counts = mask[:, 1:]
+    values = token_logprob_from_hidden(
+        hidden[:, :-1][counts], tokens[:, 1:][counts], project, chunk_size=chunk_size
+    )
+    grid = values.new_zeros(counts.shape)
+    return grid.masked_scatter(counts, values).sum(dim=1)
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+def _mean_nll(margin: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        mask = torch.ones_like(margin, dtype=torch.bool)
+    nll = -F.logsigmoid(margin.masked_fill(~mask, 0.0))
+    return nll.masked_fill(~mask, 0.0).sum() / mask.sum().clamp(min=1)
+
+
+def _check_same_shape(first: Tensor, *others: tuple[str, Tensor | None]) -> None:
+    for name, value in others:
+        if value is not None and value.shape != first.shape:
+            raise ValueError(f"{name}: expected {tuple(first.shape)}, got {tuple(value.shape)}")

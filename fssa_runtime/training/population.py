@@ -1,0 +1,164 @@
+"""A population with hidden, measurable tastes that chooses between sampled answers.
+
+User i has weights w_i over tastes. The utility of an answer is Σ_k w_ik · f_k(answer), each f_k
+standardised over the corpus; between two answers to a prompt the user picks by
+p(a > b) = σ(u(a) − u(b)): Bradley-Terry-Luce, so choices are noisy.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from ..errors import InputError
+from .data import Preference
+from .tastes import TASTES, TasteScale, has_loop, utility
+
+
+class PopulationConfig(BaseModel):
+    """Who chooses, and how much.
+
+    ``strength`` is the length of a user's weight vector: the larger, the less noise. A share
+    ``pure`` of the users cares for one taste only, in either direction; the others' weights point
+    anywhere.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    tastes: tuple[str, ...] = Field(min_length=1)
+    num_users: int = Field(ge=1)
+    choices_per_user: int = Field(ge=1)
+    strength: float = Field(gt=0)
+    pure: float = Field(0.5, ge=0, le=1)
+    min_words: int = Field(3, ge=1)
+    seed: int = 0
+
+
+def usable_answer(answer: str, finish_reason: str, min_words: int) -> str | None:
+    """The answer as it enters the data, or None if it should not.
+
+    An answer cut by the token limit ends at its last whole sentence or line: a policy trained on
+    answers that stop in the middle of a word learns to do so. Looping and empty ones are left out.
+    """
+    text = answer.strip()
+    if finish_reason == "length":
+        ends = [match.end() for match in re.finditer(r"[.!?](?=\s)|\S(?=\n)", text)]
+        text = text[: ends[-1]] if ends else ""
+        # A numbered line that has only begun ("3.") is not a line.
+        text = re.sub(r"\n\s*(?:\d+[.)]|[-*•])\s*$", "", text).strip()
+    if len(text.split()) < min_words or has_loop(text):
+        return None
+    return text
+
+
+def candidates(
+    records: Sequence[Mapping[str, str]], min_words: int
+) -> dict[str, list[str]]:
+    """Distinct usable answers of each prompt that has at least two."""
+    found: dict[str, dict[str, None]] = {}
+    for record in records:
+        text = usable_answer(record["answer"], record["finish_reason"], min_words)
+        if text is not None:
+            found.setdefault(record["prompt"], {})[text] = None
+    return {prompt: list(texts) for prompt, texts in found.items() if len(texts) > 1}
+
+
+def user_weights(config: PopulationConfig) -> dict[str, dict[str, float]]:
+    """Hidden weights of every user, by name."""
+    rng = np.random.default_rng(config.seed)
+    users: dict[str, dict[str, float]] = {}
+    for index in range(config.num_users):
+        direction = rng.normal(size=len(config.tastes))
+        if rng.random() < config.pure:
+            kept = rng.integers(len(config.tastes))
+            direction = np.where(np.arange(len(direction)) == kept, direction, 0.0)
+        direction *= config.strength / np.linalg.norm(direction)
+        weights = {t: float(w) for t, w in zip(config.tastes, direction, strict=True)}
+        users[f"user{index:04d}"] = weights
+    return users
+
+
+def simulate(
+    answers: Mapping[str, Sequence[str]],
+    users: Mapping[str, Mapping[str, float]],
+    scale: TasteScale,
+    *,
+    choices_per_user: int,
+    seed: int,
+) -> list[Preference]:
+    """``choices_per_user`` noisy choices of every user, each between two answers to a prompt.
+
+    A user meets a prompt once while there are enough prompts.
+
+    Raises:
+        InputError: no prompt has two answers.
+    """
+    if not answers:
+        raise InputError("no prompt has two usable answers")
+    prompts = list(answers)
+    preferences = []
+    for index, (user, weights) in enumerate(users.items()):
+        rng = np.random.default_rng((seed, index))
+        rounds = math.ceil(choices_per_user / len(prompts))
+        order = np.concatenate([rng.permutation(len(prompts)) for _ in range(rounds)])
+        for number in order[:choices_per_user]:
+            prompt = prompts[number]
+            first, second = rng.choice(len(answers[prompt]), size=2, replace=False)
+            a, b = answers[prompt][first], answers[prompt][second]
+            gap = utility(weights, a, scale) - utility(weights, b, scale)
+            prefers_a = rng.random() < 1 / (1 + math.exp(-gap))
+            chosen, rejected = (a, b) if prefers_a else (b, a)
+            preferences.append(Preference(user, prompt, chosen, rejected))
+    return preferences
+
+
+def write_preferences(preferences: Sequence[Preference], path: Path) -> None:
+    """JSON lines as `data.read_preferences` reads them; gzip if the name ends in ``.gz``."""
+    lines = "".join(
+        json.dumps(
+            {
+                "user": p.user,
+                "prompt": p.prompt,
+                "chosen": p.chosen,
+                "rejected": p.rejected,
+            },
+            ensure_ascii=False,
+        )
+        + "\n"
+        for p in preferences
+    ).encode()
+    # A fixed time stamp: the same choices give the same bytes.
+    path.write_bytes(gzip.compress(lines, mtime=0) if path.suffix == ".gz" else lines)
+
+
+def build_preferences(
+    records: Sequence[Mapping[str, str]], config: PopulationConfig
+) -> tuple[list[Preference], TasteScale]:
+    """Choices of a whole population over sampled answers, and the scale of its tastes.
+
+    Raises:
+        InputError: a taste that is not measured here, or nothing to choose between.
+    """
+    unknown = [name for name in config.tastes if name not in TASTES]
+    if unknown:
+        raise InputError(f"tastes: unknown {unknown}; expected some of {', '.join(TASTES)}")
+    answers = candidates(records, config.min_words)
+    texts = [text for options in answers.values() for text in options]
+    if not texts:
+        raise InputError("no prompt has two usable answers")
+    scale = TasteScale.fit(texts, config.tastes)
+    preferences = simulate(
+        answers,
+        user_weights(config),
+        scale,
+        choices_per_user=config.choices_per_user,
+        seed=config.seed,
+    )
+    return preferences, scale

@@ -1,0 +1,209 @@
+"""Few-shot tasks: for one user, n context choices and some target choices that share no pair.
+
+A task is drawn from (seed, stream, index) alone, so a resumed run sees the same tasks as an
+uninterrupted one, and evaluation (`EVALUATION`) never meets a training draw (`TRAINING`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+from typing_extensions import Self
+
+from fssa_runtime.training.data import PreferenceData
+
+TRAINING = 0
+EVALUATION = 1
+
+
+class TooFewChoicesError(ValueError):
+    """No user has enough choices for the context and a target."""
+
+
+class TaskConfig(BaseModel):
+    """How tasks are drawn: n ~ U{context_min..context_max}, up to `num_targets` targets."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    context_min: int = Field(default=0, ge=0)
+    context_max: int = Field(default=10, ge=0)
+    num_targets: int = Field(default=20, ge=1)
+    disjoint_by: Literal["pair", "prompt"] = "pair"
+
+    @model_validator(mode="after")
+    def _range_is_not_empty(self) -> Self:
+        if self.context_min > self.context_max:
+            raise ValueError(
+                f"context_min must not exceed context_max, "
+                f"got {self.context_min} > {self.context_max}"
+            )
+        return self
+
+    def with_context(self, n: int) -> TaskConfig:
+        """The same tasks with exactly n context choices."""
+        return self.model_copy(update={"context_min": n, "context_max": n})
+
+
+@dataclass(frozen=True)
+class Task:
+    """Rows of one user's preferences: `context` [n] and `target` [m], int64, disjoint."""
+
+    user: str
+    mode: str
+    context: np.ndarray
+    target: np.ndarray
+
+
+@dataclass(frozen=True)
+class OptionTask:
+    """A task with its options as tensors: context [n, E], targets [m, E]; `user` tells apart
+    those whose errors are independent."""
+
+    user: str
+    mode: str
+    context_chosen: Tensor
+    context_rejected: Tensor
+    target_chosen: Tensor
+    target_rejected: Tensor
+
+
+class TaskDataset(Dataset[Task]):
+    """Map-style data set of `num_tasks` tasks over the given rows of the preferences.
+
+    A task: a user drawn uniformly, a random order of that user's choices, n, the first n choices
+    as context and up to `num_targets` from the other end as targets. With
+    `disjoint_by="prompt"` no prompt of the context occurs among the targets either. n is drawn
+    from {context_min .. min(context_max, what leaves at least one target)}. The order does not
+    depend on n: data sets with the same seed and different n have nested contexts.
+
+    Users with too few choices for context_min and a target are left out and named in
+    `left_out_users`; TooFewChoicesError when nobody remains.
+    """
+
+    def __init__(
+        self,
+        data: PreferenceData,
+        rows: np.ndarray,
+        config: TaskConfig,
+        *,
+        num_tasks: int,
+        seed: int,
+        stream: int = TRAINING,
+    ) -> None:
+        self.config = config
+        self.num_tasks = num_tasks
+        self._data = data
+        self._key = (seed, stream)
+        # What a context and its targets must not share: the prompt, or just the pair itself.
+        self._groups = data.prompt_ids if config.disjoint_by == "prompt" else np.arange(len(data))
+        wanted = np.zeros(len(data), dtype=bool)
+        wanted[rows] = True
+        self._users: list[tuple[str, np.ndarray]] = []
+        left_out = []
+        for user, all_rows in data.rows_by_user.items():
+            of_user = all_rows[wanted[all_rows]]
+            if not len(of_user):
+                continue
+            largest_group = np.unique(self._groups[of_user], return_counts=True)[1].max()
+            if len(of_user) - largest_group < config.context_min:
+                left_out.append(user)
+            else:
+                self._users.append((user, of_user))
+        self.left_out_users = tuple(left_out)
+        if not self._users:
+            raise TooFewChoicesError(
+                f"rows: expected a user with at least {config.context_min} context choices and "
+                f"a target that shares no {config.disjoint_by} with them, got none among "
+                f"{len(left_out)} users"
+            )
+
+    @property
+    def num_users(self) -> int:
+        return len(self._users)
+
+    def __len__(self) -> int:
+        return self.num_tasks
+
+    def __getitem__(self, index: int) -> Task:
+        if not 0 <= index < self.num_tasks:
+            raise IndexError(f"index: expected 0..{self.num_tasks - 1}, got {index}")
+        rng = np.random.default_rng((*self._key, index))
+        user, rows = self._users[rng.integers(len(self._users))]
+        order = rng.permutation(rows)
+        groups = self._groups[order]
+        # The last choice of the order is a target whatever n is; its group is kept out of the
+        # context so that there always is one.
+        available = order[groups != groups[-1]]
+        most = min(self.config.context_max, len(available))
+        n = int(rng.integers(self.config.context_min, most, endpoint=True))
+        context = available[:n]
+        free = order[~np.isin(groups, self._groups[context])]
+        target = free[::-1][: self.config.num_targets]
+        return Task(user, self._data.mode_of_user[user], context, target)
+
+
+class EmbeddedTaskDataset(Dataset[OptionTask]):
+    """The tasks of a `TaskDataset` with options looked up in tables chosen, rejected [N, E]."""
+
+    def __init__(self, tasks: TaskDataset, chosen: Tensor, rejected: Tensor) -> None:
+        self._tasks = tasks
+        self._chosen = chosen
+        self._rejected = rejected
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def __getitem__(self, index: int) -> OptionTask:
+        task = self._tasks[index]
+        context, target = torch.from_numpy(task.context), torch.from_numpy(task.target.copy())
+        return OptionTask(
+            task.user,
+            task.mode,
+            self._chosen[context],
+            self._rejected[context],
+            self._chosen[target],
+            self._rejected[target],
+        )
+
+
+def collate_options(tasks: Sequence[OptionTask]) -> dict[str, Tensor]:
+    """Pad U tasks into one batch.
+
+    Returns context_chosen, context_rejected [U, n_max, E], context_mask [U, n_max] bool, and
+    target_chosen, target_rejected [U, m_max, E], target_mask [U, m_max] bool; padding is 0.
+    """
+    return {
+        "context_chosen": pad_sequence([t.context_chosen for t in tasks], batch_first=True),
+        "context_rejected": pad_sequence([t.context_rejected for t in tasks], batch_first=True),
+        "context_mask": _mask([len(t.context_chosen) for t in tasks]),
+        "target_chosen": pad_sequence([t.target_chosen for t in tasks], batch_first=True),
+        "target_rejected": pad_sequence([t.target_rejected for t in tasks], batch_first=True),
+        "target_mask": _mask([len(t.target_chosen) for t in tasks]),
+    }
+
+
+def collate_rows(tasks: Sequence[Task]) -> dict[str, Tensor]:
+    """Pad U tasks into row numbers: context_rows [U, n_max] and target_rows [U, m_max] int64,
+    context_mask and target_mask bool. Padding is row 0: valid to look up, masked out."""
+    rows = {
+        "context": [torch.from_numpy(t.context.copy()) for t in tasks],
+        "target": [torch.from_numpy(t.target.copy()) for t in tasks],
+    }
+    batch: dict[str, Tensor] = {}
+    for name, parts in rows.items():
+        batch[f"{name}_rows"] = pad_sequence(parts, batch_first=True)
+        batch[f"{name}_mask"] = _mask([len(part) for part in parts])
+    return batch
+
+
+def _mask(lengths: Sequence[int]) -> Tensor:
+    counts = torch.tensor(lengths)
+    return torch.arange(int(counts.max())) < counts[:, None]

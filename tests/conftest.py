@@ -1,0 +1,25 @@
+"""Settings for every test, and the real model for those that need it."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch is imported: tests run small shapes, for which more threads only wait for each other.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+from fssa_runtime.errors import InputError
+from fssa_runtime.models.pull import DEFAULT_MODEL, pull
+
+
+@pytest.fixture(scope="session")
+def real_model_name() -> str:
+    """The default model, pulled. Without a network the test is skipped, in CI it fails."""
+    try:
+        pull(DEFAULT_MODEL, show_progress=False)
+    except InputError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(f"the default model is not here and cannot be had: {error}")
+    return DEFAULT_MODEL

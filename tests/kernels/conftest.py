@@ -1,0 +1,22 @@
+"""Shared by the kernel tests: fresh outputs hold NaN, so that an element left unwritten shows."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_outputs():
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = before
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

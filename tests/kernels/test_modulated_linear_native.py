@@ -1,0 +1,172 @@
+import threading
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fssa_kernels import modulated_linear
+from fssa_kernels.native import MISSING, NATIVE
+from fssa_kernels.ops.modulated_linear.cases import _Sizes
+from fssa_kernels.testing import cases
+from tests.kernels.kernel_oracles import modulated_linear_oracle
+
+pytestmark = pytest.mark.skipif(NATIVE is None, reason=str(MISSING))
+
+CASES = cases("modulated_linear")
+DTYPES = [torch.float32, torch.bfloat16]
+# Errors below this are rounding luck: a few units in the last place of values of order one.
+FLOOR = {torch.float32: 1e-6, torch.bfloat16: 2**-9}
+
+
+def native(inputs):
+    return modulated_linear(**inputs, backend="native")
+
+
+def make(dtype, seed=0, **sizes):
+    return _Sizes(**sizes).make(torch.Generator().manual_seed(seed), dtype)
+
+
+def check_as_good_as_torch(inputs, dtype):
+    expected = modulated_linear_oracle(**inputs)
+    got = native(inputs)
+    assert got.dtype == dtype
+    assert got.shape == expected.shape
+    if expected.numel():
+        plain = modulated_linear(**inputs, backend="reference")
+        plain_error = (plain.double() - expected).abs().max()
+        assert (got.double() - expected).abs().max() <= 2 * plain_error + FLOOR[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_as_good_as_torch_in_the_same_dtype(case, dtype):
+    check_as_good_as_torch(case.inputs(dtype), dtype)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    family=st.sampled_from(["none", "static", "gated", "core", "factors"]),
+    dtype=st.sampled_from(DTYPES),
+    num_tokens=st.integers(0, 70),
+    in_features=st.integers(1, 70),
+    splits=st.lists(st.integers(1, 40), min_size=1, max_size=4).map(tuple),
+    rank=st.integers(1, 20),
+    num_users=st.integers(1, 5),
+    strided=st.booleans(),
+    fp32_side=st.booleans(),
+    bias=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_any_sizes_are_as_good_as_torch(dtype, seed, **sizes):
+    check_as_good_as_torch(make(dtype, seed, **sizes), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", ["none", "static", "gated", "core", "factors"])
+def test_a_row_is_bitwise_the_same_in_every_batch(family, dtype):
+    """Batches on both sides of the kernel's 64-row chunk, an odd width, several projections."""
+    inputs = make(
+        dtype, family=family, num_tokens=70, in_features=77, splits=(37, 18), rank=5, bias=True
+    )
+    whole = native(inputs)
+    order = torch.randperm(70, generator=torch.Generator().manual_seed(1))
+    for rows in ([0], [69], [3, 68], list(range(5, 70)), order.tolist()):
+        part = {**inputs, "x": inputs["x"][rows]}
+        if "slots" in inputs:
+            part["slots"] = inputs["slots"][rows]
+        assert torch.equal(native(part), whole[rows]), rows
+
+
+def test_result_does_not_depend_on_the_number_of_threads():
+    inputs = make(torch.bfloat16, family="gated", num_tokens=9, in_features=77, splits=(137, 18))
+    one = native(inputs)
+    torch.set_num_threads(3)
+    assert torch.equal(native(inputs), one)
+
+
+def test_calls_from_several_threads_do_not_disturb_each_other():
+    inputs = make(torch.float32, family="core", num_tokens=66, in_features=77, splits=(137, 18))
+    expected, results = native(inputs), []
+    threads = [
+        threading.Thread(target=lambda: results.extend(native(inputs) for _ in range(20)))
+        for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 60
+    assert all(torch.equal(result, expected) for result in results)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", ["gated", "core", "factors"])
+def test_slot_zero_is_exactly_the_base(family, dtype):
+    inputs = make(dtype, family=family, splits=(17, 9), bias=True)
+    inputs["slots"].zero_()
+    x, weight, bias = inputs["x"], inputs["weight"], inputs["bias"]
+    base = native({"x": x, "weight": weight, "bias": bias, "splits": [17, 9]})
+    assert torch.equal(native(inputs), base)
+
+
+@pytest.mark.parametrize("family", ["gated", "core", "factors"])
+def test_nan_elsewhere_never_leaks(family):
+    inputs = make(torch.float32, family=family)
+    inputs["slots"] = torch.tensor([0, 1, 3, 1, 0], dtype=torch.int32)
+    clean = native(inputs)
+    table = inputs["lora_a"] if family == "factors" else inputs["rows"]
+    table[2] = float("nan")
+    inputs["x"][1] = float("nan")
+    y = native(inputs)
+    assert y[1].isnan().all()
+    others = [0, 2, 3, 4]
+    assert torch.equal(y[others], clean[others])
+
+
+def test_bf16_result_is_rounded_once_and_to_nearest_even():
+    """Powers of two make every sum exact, so that only the final rounding is left."""
+    x = torch.tensor([[1.0, 2.0**-8], [1.0, 3 * 2.0**-8], [-1.0, -(2.0**-8)]]).bfloat16()
+    weight = torch.ones(1, 2).bfloat16()
+    y = native({"x": x, "weight": weight})
+    # 1 + 2^-8 lies midway between 1 and 1 + 2^-7; 1 + 3 * 2^-8 between 1 + 2^-7 and 1 + 2^-6.
+    assert y.flatten().tolist() == [1.0, 1.0 + 2.0**-6, -1.0]
+
+
+def test_bf16_keeps_infinities_and_nans():
+    x = torch.tensor([[float("inf")], [float("-inf")], [float("nan")], [3.0e38]]).bfloat16()
+    y = native({"x": x, "weight": torch.full((1, 1), 2.0).bfloat16()}).flatten()
+    assert y[0] == float("inf")
+    assert y[1] == float("-inf")
+    assert y[2].isnan()
+    assert y[3] == float("inf")
+
+
+@pytest.mark.parametrize("bad", [-1, 4])
+def test_a_slot_out_of_range_is_an_error(bad):
+    inputs = make(torch.float32, family="gated")
+    inputs["slots"][3] = bad
+    with pytest.raises(
+        ValueError, match=rf"slots: expected values in \[0, 4\), got {bad} at row 3"
+    ):
+        native(inputs)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda i: {"x": i["x"].t().contiguous().t()}, "last dimension of x is not contiguous"),
+        (lambda i: {"weight": i["weight"].t().contiguous().t()}, "last dimension of weight"),
+        (lambda i: {"rows": i["rows"].mT.contiguous().mT}, "part of rows is not contiguous|rows"),
+        (lambda i: {n: i[n].double() for n in ("x", "weight", "lora_a", "lora_b")}, "float64"),
+    ],
+)
+def test_what_it_cannot_serve_is_refused_when_named_and_served_otherwise(change, reason):
+    inputs = make(torch.float32, family="core")
+    expected = modulated_linear_oracle(**inputs)
+    changed = {**inputs, **change(inputs)}
+    if changed["x"].dtype == torch.float64:
+        changed["rows"] = changed["rows"].double()
+    with pytest.raises(ValueError, match=rf"backend 'native' cannot serve this call: .*({reason})"):
+        native(changed)
+    torch.testing.assert_close(modulated_linear(**changed).double(), expected, rtol=0, atol=2e-5)

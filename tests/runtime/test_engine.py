@@ -1,0 +1,194 @@
+"""Continuous batching on a small random model: results do not depend on company."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fssa_runtime.engine.engine import Engine
+from fssa_runtime.engine.kv_cache import KVCache
+from fssa_runtime.engine.sampler import choose
+from fssa_runtime.errors import InputError
+from fssa_runtime.models.language_model import LanguageModel
+from fssa_runtime.request import Completion, Request, SamplingParams
+
+from .conditioned import small_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
+    return small_model(tmp_path_factory.mktemp("engine") / "model")
+
+
+def engine(model: LanguageModel, **changes: int) -> Engine:
+    settings = {"max_batch_size": 4, "max_kv_tokens": 256, "page_size": 4, **changes}
+    return Engine(model.decoder, frozenset({257}), **settings)
+
+
+def mixed_requests() -> list[Request]:
+    generator = torch.Generator().manual_seed(0)
+    requests = []
+    for index in range(11):
+        length = int(torch.randint(1, 40, (), generator=generator))
+        prompt = torch.randint(0, 256, (length,), generator=generator).tolist()
+        temperature = 0.0 if index % 2 else 1.0
+        sampling = SamplingParams(max_tokens=1 + index, temperature=temperature, seed=index)
+        requests.append(Request(prompt, sampling=sampling))
+    return requests
+
+
+def same(ours: Completion, theirs: Completion) -> bool:
+    close = torch.allclose(torch.tensor(ours.logprobs), torch.tensor(theirs.logprobs), atol=1e-5)
+    return ours.tokens == theirs.tokens and close
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {},
+        {"max_batch_size": 1},
+        {"max_batch_tokens": 24},
+        {"max_kv_tokens": 64},
+        {"page_size": 1},
+        {"page_size": 64},
+    ],
+)
+def test_answers_do_not_depend_on_the_batch(model: LanguageModel, limits: dict) -> None:
+    requests = mixed_requests()
+    alone = [engine(model).generate([request])[0] for request in requests]
+    shared = engine(model, **limits)
+    together = shared.generate(requests)
+    assert all(same(a, b) for a, b in zip(alone, together, strict=True))
+    assert shared.cache.num_free == shared.cache.num_pages
+
+
+def test_pages_of_earlier_requests_do_not_leak_into_later_ones(model: LanguageModel) -> None:
+    requests = mixed_requests()
+    first = engine(model)
+    expected = first.generate(requests)
+    first.cache.k.fill_(float("nan"))
+    first.cache.v.fill_(float("nan"))
+    assert all(
+        same(a, b) for a, b in zip(first.generate(requests), expected, strict=True)
+    )
+
+
+def test_the_end_of_an_answer(model: LanguageModel) -> None:
+    prompt = list(b"hello")
+    free = engine(model).generate([Request(prompt, sampling=SamplingParams(max_tokens=8))])[0]
+    assert free.finish_reason == "length"
+    assert len(free.tokens) == len(free.logprobs) == 8
+    stop = free.tokens[3]
+    stopping = Engine(model.decoder, frozenset({stop}))
+    stopped = stopping.generate([Request(prompt, sampling=SamplingParams(max_tokens=8))])[0]
+    assert stopped.finish_reason == "stop"
+    assert stopped.tokens == free.tokens[: free.tokens.index(stop) + 1]
+
+
+def test_forced_tokens_are_scored_not_chosen(model: LanguageModel) -> None:
+    prompt, forced = list(b"abc"), list(b"xyzzy")
+    scored = engine(model).generate([Request(prompt, forced_tokens=forced)])[0]
+    assert scored.tokens == forced
+    longer = engine(model).generate([Request(prompt + forced[:2], forced_tokens=forced[2:])])[0]
+    assert torch.allclose(
+        torch.tensor(scored.logprobs[2:]), torch.tensor(longer.logprobs), atol=1e-5
+    )
+
+
+def test_callbacks_report_every_token_and_every_end(model: LanguageModel) -> None:
+    requests = mixed_requests()
+    seen: dict[int, list[int]] = {}
+    ended: list[int] = []
+    completions = engine(model).generate(
+        requests,
+        on_token=lambda index, token: seen.setdefault(index, []).append(token),
+        on_finish=lambda index, _completion: ended.append(index),
+    )
+    assert sorted(ended) == list(range(len(requests)))
+    assert [seen[i] for i in range(len(requests))] == [c.tokens for c in completions]
+
+
+def test_an_interrupted_call_frees_its_pages(model: LanguageModel) -> None:
+    interrupted = engine(model)
+
+    def stop(_index: int, _token: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted.generate(mixed_requests(), on_token=stop)
+    assert interrupted.cache.num_free == interrupted.cache.num_pages
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (Request([]), "empty"),
+        (Request([10**6]), "prompt tokens"),
+        (Request([-1]), "prompt tokens"),
+        (Request([1] * 500, sampling=SamplingParams(max_tokens=20)), "positions"),
+        (Request([1] * 250, sampling=SamplingParams(max_tokens=20)), "cache"),
+        (Request([1], slot=1), "no modulation"),
+        (Request([1], forced_tokens=[]), "forced_tokens"),
+    ],
+)
+def test_requests_that_can_never_run(
+    model: LanguageModel, request_: Request, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        engine(model).generate([Request([1]), request_])
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"max_tokens": 0},
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+    ],
+)
+def test_bad_sampling_parameters(bad: dict) -> None:
+    with pytest.raises(InputError, match=next(iter(bad))):
+        SamplingParams(**bad)
+
+
+def test_sampling_frequencies() -> None:
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
+    generator = torch.Generator().manual_seed(0)
+
+    def frequencies(params: SamplingParams) -> torch.Tensor:
+        drawn = [choose(logits, params, generator) for _ in range(4000)]
+        return torch.bincount(torch.tensor(drawn), minlength=4) / 4000
+
+    plain = frequencies(SamplingParams(temperature=1.0))
+    assert (plain - logits.softmax(-1)).abs().max() < 0.03
+    cold = frequencies(SamplingParams(temperature=0.5))
+    assert (cold - (2 * logits).softmax(-1)).abs().max() < 0.03
+    two = frequencies(SamplingParams(temperature=1.0, top_k=2))
+    assert (two[:2] - logits[:2].softmax(-1)).abs().max() < 0.03
+    assert two[2:].sum() == 0
+    # 0.64 and 0.24 of the mass: the second is needed to reach 0.7, the third is not.
+    nucleus = frequencies(SamplingParams(temperature=1.0, top_p=0.7))
+    assert nucleus[2:].sum() == 0
+    assert nucleus[1] > 0.2
+    assert choose(logits, SamplingParams(), None) == 0
+
+
+def test_page_accounting(model: LanguageModel) -> None:
+    cache = KVCache(model.decoder.config, 5, 4, torch.float32, torch.device("cpu"))
+    pages = cache.allocate(9)
+    assert pages is not None
+    assert len(pages) == 3
+    assert cache.allocate(9) is None
+    assert cache.num_free == 2
+    cache.free(pages)
+    with pytest.raises(ValueError, match="twice"):
+        cache.free(pages[:1])
+    with pytest.raises(ValueError, match="not all in"):
+        cache.free([7])
+
+

@@ -1,0 +1,145 @@
+"""NP-DPO on a small random model: the loss it minimises, and that it learns to steer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fssa_runtime.conditioning.checkpoint import Choice, load_conditioning
+from fssa_runtime.errors import InputError
+from fssa_runtime.models.language_model import LanguageModel
+from fssa_runtime.models.packed import PackedOptions
+from fssa_runtime.training.policy import (
+    CONDITIONING_DIR,
+    METRICS_FILE,
+    PolicyConfig,
+    answer_logprobs,
+    train_policy,
+)
+
+from .conditioned import small_model
+from .models import reference_model
+
+WORDS = ("red", "blue", "green", "grey", "pink", "gold", "teal", "rust")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
+    return small_model(tmp_path_factory.mktemp("policy") / "model")
+
+
+def write_choices(path: Path) -> None:
+    """Half the users like answers of a's, the other half answers of b's."""
+    with open(path, "w") as file:
+        for user in range(16):
+            likes_a = user % 2 == 0
+            for number in range(24):
+                word = WORDS[number % len(WORDS)]
+                a, b = f"aaaa {number // 8}", f"bbbb {number // 8}"
+                chosen, rejected = (a, b) if likes_a else (b, a)
+                record = {"user": user, "prompt": word, "chosen": chosen, "rejected": rejected}
+                file.write(json.dumps(record) + "\n")
+
+
+def recipe(model: LanguageModel, folder: Path, **train: Any) -> PolicyConfig:
+    return PolicyConfig.model_validate(
+        {
+            "model": model.name,
+            "dtype": "float32",
+            "data": {"kind": "preferences", "files": [folder / "choices.jsonl"]},
+            "tasks": {"context_min": 1, "context_max": 3, "num_targets": 2},
+            "encoder": {"latent_dim": 4, "hidden_dim": 16, "aggregate": "mean"},
+            "modulator": {
+                "latent_dim": 4,
+                "families": [{"family": "gated", "sites": ["q", "v", "o", "up", "down"], "rank": 4}],
+            },
+            "beta": 0.5,
+            "train": {
+                "output_dir": folder / "run",
+                "steps": 30,
+                "tasks_per_batch": 4,
+                "learning_rate": 0.01,
+                "progress": "off",
+                "tensorboard": False,
+                "save_every": 0,
+                **train,
+            },
+            "evaluation": {"contexts": [2, 1000], "num_tasks": 24, "num_targets": 2},
+        }
+    )
+
+
+def test_answer_logprobs_are_of_the_answer_alone(model: LanguageModel) -> None:
+    """By hand with transformers: the prompt's tokens and the neighbours' do not count."""
+    options = [(list(b"abc"), list(b"de")), (list(b"x"), list(b"yzw")), (list(b"abcd"), list(b"e"))]
+    packed = PackedOptions.pack(options, torch.device("cpu"))
+    with torch.no_grad():
+        ours = answer_logprobs(model.decoder, packed)
+    reference = reference_model(model.folder)
+    for value, (prompt, answer) in zip(ours, options, strict=True):
+        expected = 0.0
+        for position, token in enumerate(answer):
+            seen = torch.tensor([prompt + answer[:position]])
+            with torch.no_grad():
+                expected += float(reference(seen).logits[0, -1].log_softmax(-1)[token])
+        assert abs(float(value) - expected) <= 1e-4
+
+
+def test_users_are_told_apart_by_their_choices(model: LanguageModel, tmp_path: Path) -> None:
+    write_choices(tmp_path / "choices.jsonl")
+    before = [parameter.clone() for parameter in model.decoder.parameters()]
+    result = train_policy(recipe(model, tmp_path), model)
+    assert all(
+        torch.equal(a, b) for a, b in zip(before, model.decoder.parameters(), strict=True)
+    )
+    # Without telling users apart, half of the held-out choices would be wrong.
+    measured = {entry["n"]: entry["accuracy"] for entry in result.metrics["heldout"]}
+    assert measured[2] >= 0.9
+    assert measured[1000] is None  # nobody has made so many choices: said, not invented
+    folder = tmp_path / "run"
+    assert json.loads((folder / METRICS_FILE).read_text())["heldout"] == result.metrics["heldout"]
+    loaded = load_conditioning(folder / CONDITIONING_DIR, model.decoder, model.fingerprint)
+    for name, tensor in result.conditioning.tensors().items():
+        assert torch.equal(loaded.tensors()[name], tensor)
+    likes_a = [Choice(word, "aaaa 1", "bbbb 1") for word in WORDS[:3]]
+    likes_b = [Choice(c.prompt, c.rejected, c.chosen) for c in likes_a]
+    options = [model.option_tokens("new", text) for text in ("aaaa 0", "bbbb 0")]
+    packed = PackedOptions.pack(options, torch.device("cpu"))
+    margins = []
+    for choices in (likes_a, likes_b):
+        row = loaded.row(loaded.infer(model, choices))[None]
+        slots = torch.zeros(len(packed.tokens), dtype=torch.int32)
+        with torch.no_grad():
+            a, b = answer_logprobs(model.decoder, packed, loaded.modulator.bind(row, slots))
+        margins.append(float(a - b))
+    assert margins[0] > margins[1] + 1
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(model: LanguageModel, tmp_path: Path) -> None:
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+        write_choices(tmp_path / name / "choices.jsonl")
+    settings = {"steps": 6, "save_every": 3, "schedule": "constant"}
+    whole = train_policy(recipe(model, tmp_path / "whole", **settings), model)
+    train_policy(recipe(model, tmp_path / "parts", **settings), model)
+    newest = tmp_path / "parts" / "run" / "checkpoint-6"
+    for file in newest.iterdir():
+        file.unlink()
+    newest.rmdir()
+    resumed = train_policy(recipe(model, tmp_path / "parts", resume=True, **settings), model)
+    assert resumed.fit.resumed_at == 3
+    for name, tensor in whole.conditioning.tensors().items():
+        assert torch.equal(resumed.conditioning.tensors()[name], tensor), name
+
+
+def test_an_encoder_of_another_size_is_refused(model: LanguageModel, tmp_path: Path) -> None:
+    write_choices(tmp_path / "choices.jsonl")
+    config = recipe(model, tmp_path)
+    assert config.encoder is not None
+    wrong = config.encoder.model_copy(update={"latent_dim": 3})
+    with pytest.raises(InputError, match="latent_dim"):
+        train_policy(config.model_copy(update={"encoder": wrong}), model)

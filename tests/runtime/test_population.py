@@ -1,0 +1,149 @@
+"""Sampled answers, the population that chooses between them, and what it writes."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from fssa_runtime.errors import InputError
+from fssa_runtime.models.language_model import LanguageModel
+from fssa_runtime.training.answers import (
+    AnswerConfig,
+    read_answers,
+    read_prompts,
+    sample_answers,
+)
+from fssa_runtime.training.data import read_preferences
+from fssa_runtime.training.population import (
+    PopulationConfig,
+    build_preferences,
+    candidates,
+    simulate,
+    usable_answer,
+    user_weights,
+    write_preferences,
+)
+from fssa_runtime.training.tastes import TasteScale, utility
+
+from .conditioned import small_model
+
+ANSWERS = {
+    f"question {i}": ["Short one here.", "- a\n- b\n- c", "A much longer answer. " * 6]
+    for i in range(20)
+}
+
+
+def records() -> list[dict[str, str]]:
+    return [
+        {"prompt": prompt, "style": str(i), "answer": text, "finish_reason": "stop"}
+        for prompt, texts in ANSWERS.items()
+        for i, text in enumerate(texts)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason", "expected"),
+    [
+        ("One two three.", "stop", "One two three."),
+        ("One two three. And then it", "length", "One two three."),
+        ("Items:\n1. one two\n2. three", "length", "Items:\n1. one two"),
+        ("Items are:\n1. one\n2.", "length", "Items are:\n1. one"),
+        ("never ending words without any stop", "length", None),
+        ("two words", "stop", None),
+        ("go on " * 30, "stop", None),
+    ],
+)
+def test_usable_answers(answer: str, reason: str, expected: str | None) -> None:
+    assert usable_answer(answer, reason, 3) == expected
+
+
+def test_candidates_are_distinct_and_at_least_two() -> None:
+    rows = [
+        {"prompt": "p", "style": "a", "answer": "one two three", "finish_reason": "stop"},
+        {"prompt": "p", "style": "b", "answer": "one two three", "finish_reason": "stop"},
+        *records()[:3],
+    ]
+    assert candidates(rows, 3) == {"question 0": [t.strip() for t in ANSWERS["question 0"][:2]]} | {
+        "question 0": candidates(records()[:3], 3)["question 0"]
+    }
+
+
+def test_choices_follow_the_hidden_weights_with_the_right_noise() -> None:
+    texts = {p: ["word " * 3, "and other words " * 5] for p in ANSWERS}
+    scale = TasteScale.fit([t for both in texts.values() for t in both], ["length"])
+    weights = {"length": 0.5}
+    gap = utility(weights, texts["question 0"][1], scale) - utility(
+        weights, texts["question 0"][0], scale
+    )
+    chosen = simulate(texts, {"u": weights}, scale, choices_per_user=4000, seed=0)
+    share = sum(c.chosen == texts["question 0"][1] for c in chosen) / len(chosen)
+    assert gap > 0.5
+    assert abs(share - 1 / (1 + math.exp(-gap))) < 0.03
+
+
+def test_population_is_reproducible_and_has_pure_users(tmp_path: Path) -> None:
+    config = PopulationConfig(
+        tastes=("length", "lists"), num_users=30, choices_per_user=25, strength=2.0, pure=0.5
+    )
+    weights = user_weights(config)
+    pure = sum(0.0 in user.values() for user in weights.values())
+    assert 5 < pure < 25
+    assert all(math.isclose(math.hypot(*user.values()), 2.0) for user in weights.values())
+    for name in ("a.jsonl.gz", "b.jsonl.gz"):
+        write_preferences(build_preferences(records(), config)[0], tmp_path / name)
+    assert (tmp_path / "a.jsonl.gz").read_bytes() == (tmp_path / "b.jsonl.gz").read_bytes()
+    data = read_preferences(tmp_path / "a.jsonl.gz")
+    assert len(data) == 30 * 25
+    prompts = [p.prompt for p in data.preferences if p.user == "user0000"]
+    assert len(set(prompts)) == 20  # every prompt once before any twice
+    assert json.loads(gzip.open(tmp_path / "a.jsonl.gz").readline())["user"] == "user0000"
+
+
+def test_unknown_taste_and_nothing_to_choose() -> None:
+    config = PopulationConfig(tastes=("taste",), num_users=1, choices_per_user=1, strength=1.0)
+    with pytest.raises(InputError, match="unknown"):
+        build_preferences(records(), config)
+    config = config.model_copy(update={"tastes": ("length",)})
+    with pytest.raises(InputError, match="two usable"):
+        build_preferences(records()[:1], config)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
+    return small_model(tmp_path_factory.mktemp("answers") / "model")
+
+
+def test_sampling_goes_on_where_it_stopped(model: LanguageModel, tmp_path: Path) -> None:
+    config = AnswerConfig(styles={"plain": "{prompt}", "loud": "{prompt}!"}, max_tokens=6)
+    prompts = ["a b", "c d", "e f"]
+    sample_answers(model, prompts, config, tmp_path / "whole.jsonl")
+    whole = (tmp_path / "whole.jsonl").read_bytes()
+    # A run killed in the middle of its third line.
+    lines = whole.splitlines(keepends=True)
+    (tmp_path / "cut.jsonl").write_bytes(b"".join(lines[:2]) + lines[2][:7])
+    sample_answers(model, prompts, config, tmp_path / "cut.jsonl")
+
+    def key(record: dict) -> tuple[str, str]:
+        return record["prompt"], record["style"]
+
+    expected = sorted(read_answers(tmp_path / "whole.jsonl"), key=key)
+    assert len(expected) == 6
+    assert sorted(read_answers(tmp_path / "cut.jsonl"), key=key) == expected
+
+
+def test_bad_files(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="No such file"):
+        read_prompts(tmp_path / "none.txt")
+    (tmp_path / "p.txt").write_text("a\n\na\n")
+    with pytest.raises(InputError, match="twice"):
+        read_prompts(tmp_path / "p.txt")
+    (tmp_path / "p.txt").write_text("\n")
+    with pytest.raises(InputError, match="empty"):
+        read_prompts(tmp_path / "p.txt")
+    (tmp_path / "a.jsonl").write_text('{"prompt": "x"}\n')
+    with pytest.raises(InputError, match=r"a\.jsonl:1"):
+        read_answers(tmp_path / "a.jsonl")

@@ -1,0 +1,99 @@
+"""SmolLM2-135M-Instruct: our decoder against transformers, and the checkpoint that ships."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from fssa_runtime.cli import main
+from fssa_runtime.conditioning.checkpoint import WEIGHTS_FILE
+from fssa_runtime.demo import USERS_FILE, shipped_conditioning
+from fssa_runtime.engine.engine import Engine
+from fssa_runtime.models.language_model import LanguageModel
+from fssa_runtime.models.packed import PackedOptions
+from fssa_runtime.models.pull import DEFAULT_MODEL
+from fssa_runtime.request import Request, SamplingParams
+from fssa_runtime.users.examples import read_users
+
+pytestmark = pytest.mark.real_model
+
+PROMPTS = (
+    "Why is the sky blue?",
+    "Give me three tips for a better night's sleep.",
+    "Write a haiku about the sea.",
+    "What is 12 times 7?",
+    "Explain photosynthesis to a child.",
+    "Who was Ada Lovelace?",
+    "How do I boil an egg?",
+    "Tell me something about owls.",
+)
+NUM_TOKENS = 64
+
+# What bfloat16 can make of a logit of about 20: eight significant bits, half a unit each way on
+# both logits of a margin, and a few roundings more on the way through thirty layers.
+BF16_MARGIN = 0.5
+
+
+def transformers_model(model: LanguageModel, dtype: torch.dtype) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(model.folder, dtype=dtype).eval()
+
+
+def test_fp32_logits_equal_transformers(real_model_name: str) -> None:
+    model = LanguageModel.load(real_model_name)
+    reference = transformers_model(model, torch.float32)
+    options = [(model.chat_tokens(p), model.answer_tokens("Well, " + p)) for p in PROMPTS[:3]]
+    packed = PackedOptions.pack(options, torch.device("cpu"))
+    with torch.inference_mode():
+        ours = model.decoder.logits(packed.hidden(model.decoder)).split(packed.lengths)
+        for logits, (prompt, answer) in zip(ours, options, strict=True):
+            theirs = reference(torch.tensor([prompt + answer])).logits[0]
+            assert (logits - theirs).abs().max() <= 1e-4
+
+
+def test_bf16_greedy_tokens_equal_transformers(real_model_name: str) -> None:
+    """Our 64 greedy tokens are transformers' own wherever its top two logits are apart."""
+    model = LanguageModel.load(real_model_name, dtype="bfloat16")
+    reference = transformers_model(model, torch.bfloat16)
+    prompts = [model.chat_tokens(prompt) for prompt in PROMPTS]
+    engine = Engine(model.decoder, frozenset())
+    sampling = SamplingParams(max_tokens=NUM_TOKENS)
+    completions = engine.generate([Request(prompt, sampling=sampling) for prompt in prompts])
+    decided = 0
+    for prompt, completion in zip(prompts, completions, strict=True):
+        with torch.inference_mode():
+            logits = reference(torch.tensor([prompt + completion.tokens])).logits[0].float()
+        steps = logits[len(prompt) - 1 : -1]
+        top = steps.topk(2).values
+        sure = top[:, 0] - top[:, 1] > BF16_MARGIN
+        chosen = torch.tensor(completion.tokens)
+        assert torch.equal(chosen[sure], steps.argmax(-1)[sure])
+        decided += int(sure.sum())
+    assert decided > len(PROMPTS) * NUM_TOKENS / 2  # else the margin excuses too much
+
+
+def test_the_demo(real_model_name: str, tmp_path: Path) -> None:
+    """A short run of what a newcomer sees first."""
+    out = tmp_path / "demo.json"
+    assert main(["demo", "--max-tokens", "24", "--json", str(out)]) == 0
+    result = json.loads(out.read_text())
+    assert result["model"] == DEFAULT_MODEL
+    assert result["distinct_users"] >= 4
+    assert result["batch_rows"] == result["distinct_users"] + 1
+    assert result["max_abs_logprob_diff_vs_solo"] <= 1e-3
+    assert result["max_abs_logprob_diff_vs_merged"] <= 1e-3
+    texts = [user["text"] for user in result["users"]]
+    assert len({*texts, result["unmodulated_text"]}) > len(texts) / 2
+
+
+def test_the_shipped_checkpoint_is_small_and_has_users() -> None:
+    folder = shipped_conditioning(DEFAULT_MODEL)
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= 8_000_000
+    assert (folder / WEIGHTS_FILE).is_file()
+    users = read_users(folder / USERS_FILE)
+    assert len(users) >= 4
+    assert all(1 <= len(user.choices) <= 10 for user in users)
