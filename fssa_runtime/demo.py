@@ -17,12 +17,12 @@ from rich.text import Text
 
 from .conditioning.merge import merged, reference_answer_logprobs
 from .errors import InputError
+from .files import write_atomically
 from .models.language_model import LanguageModel
 from .models.pull import DEFAULT_MODEL
 from .request import Completion, SamplingParams
 from .steering import SteeredModel, SteeredRequest
 from .training.tastes import TASTES, describe
-from .training.trainer import write_atomically
 from .users.examples import ExampleUser, read_users
 
 USERS_FILE = "example_users.json"
@@ -208,9 +208,7 @@ def _merged(
     return logprobs
 
 
-def _largest_difference(
-    batched: Sequence[Completion], others: Sequence[Sequence[float]]
-) -> float:
+def _largest_difference(batched: Sequence[Completion], others: Sequence[Sequence[float]]) -> float:
     return max(
         float((torch.tensor(completion.logprobs) - torch.tensor(other)).abs().max())
         for completion, other in zip(batched, others, strict=True)

@@ -39,6 +39,9 @@ class SamplingParams:
             raise InputError(f"top_p must be in (0, 1], got {self.top_p}")
 
 
+GREEDY = SamplingParams()
+
+
 @dataclass(frozen=True)
 class Request:
     """One prompt of one user.
@@ -50,7 +53,7 @@ class Request:
 
     prompt_tokens: Sequence[int]
     slot: int = 0
-    sampling: SamplingParams = SamplingParams()
+    sampling: SamplingParams = GREEDY
     forced_tokens: Sequence[int] | None = None
 
 

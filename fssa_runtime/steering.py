@@ -12,7 +12,7 @@ from .conditioning.checkpoint import Choice, Conditioning, load_conditioning
 from .conditioning.table import ModulationTable
 from .engine.engine import Engine
 from .models.language_model import Content, LanguageModel
-from .request import Completion, Request, SamplingParams
+from .request import GREEDY, Completion, Request, SamplingParams
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class SteeredRequest:
 
     prompt: Content
     slot: int = 0
-    sampling: SamplingParams = SamplingParams()
+    sampling: SamplingParams = GREEDY
     forced_tokens: Sequence[int] | None = None
 
 

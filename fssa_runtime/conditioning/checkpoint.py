@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from ..errors import InputError
+from ..files import write_atomically
 from ..models.decoder import Decoder
 from ..models.language_model import Content, LanguageModel
 from .embedding import EmbeddingConfig, embed_options
@@ -67,7 +66,9 @@ class Conditioning:
         One forward pass of the base over the options and one of the encoder; no gradient step.
         The mean of q(z | choices) if the encoder is stochastic.
         """
-        options = [(c.prompt, c.chosen) for c in choices] + [(c.prompt, c.rejected) for c in choices]
+        options = [(c.prompt, c.chosen) for c in choices] + [
+            (c.prompt, c.rejected) for c in choices
+        ]
         embedded = embed_options(model, self.embedding, options)
         chosen, rejected = embedded.split(len(choices)) if choices else (embedded, embedded)
         mask = torch.ones(1, len(choices), dtype=torch.bool)
@@ -105,7 +106,7 @@ class Conditioning:
         return named
 
     def round_(self, dtype: torch.dtype) -> None:
-        """Round every tensor to what ``dtype`` can hold (in place), so that saving in it is exact."""
+        """Round every tensor, in place, to what ``dtype`` holds, so that saving in it is exact."""
         with torch.no_grad():
             for tensor in self.tensors().values():
                 tensor.copy_(tensor.to(dtype))
@@ -130,8 +131,8 @@ class Conditioning:
             "notes": self.notes,
         }
         folder.mkdir(parents=True, exist_ok=True)
-        _replace(folder / WEIGHTS_FILE, weights)
-        _replace(folder / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
+        write_atomically(folder / WEIGHTS_FILE, weights)
+        write_atomically(folder / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
 
 
 def load_conditioning(folder: Path, decoder: Decoder, base_fingerprint: str) -> Conditioning:
@@ -195,7 +196,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: expected peft_type {PEFT_TYPE!r}, got {kind!r}")
     if record.get("format_version") != FORMAT_VERSION:
         raise InputError(
-            f"{path}: expected format_version {FORMAT_VERSION}, got {record.get('format_version')!r}"
+            f"{path}: expected format_version {FORMAT_VERSION}, "
+            f"got {record.get('format_version')!r}"
         )
     needed = ("base_model_name_or_path", "base_fingerprint", "weights_sha256")
     for name in (*needed, "modulator", "encoder", "embedding"):
@@ -216,16 +218,3 @@ def _read_weights(path: Path, sha256: str) -> dict[str, torch.Tensor]:
         return load(raw)
     except SafetensorError as error:
         raise InputError(f"{path} is not a readable safetensors file: {error}") from error
-
-
-def _replace(path: Path, content: bytes) -> None:
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise

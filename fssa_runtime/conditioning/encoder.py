@@ -177,7 +177,9 @@ class PreferenceEncoder(nn.Module):
         if not factor > 0:
             raise ValueError(f"factor: expected a positive number, got {factor}")
         if self.config.stochastic:
-            raise ValueError("scale_latents: expected a deterministic encoder, got a stochastic one")
+            raise ValueError(
+                "scale_latents: expected a deterministic encoder, got a stochastic one"
+            )
         last = self.h2[-1]
         assert isinstance(last, nn.Linear)
         for parameter in (last.weight, last.bias, self.prior):

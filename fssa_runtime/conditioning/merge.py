@@ -30,7 +30,9 @@ _MODULES: dict[LinearName, tuple[str, str]] = {
 
 
 @torch.no_grad()
-def weight_delta(modulator: Modulator, site: Site, name: LinearName, row: torch.Tensor) -> torch.Tensor:
+def weight_delta(
+    modulator: Modulator, site: Site, name: LinearName, row: torch.Tensor
+) -> torch.Tensor:
     """What is added to the ``[N_s, K]`` weight of projection ``name`` of a site, float32."""
     index, rank = site.members.index(name), site.rank
     piece = row[site.offset : site.offset + site.width].float()

@@ -7,13 +7,12 @@ import torch
 from ..request import SamplingParams
 
 
-def choose(
-    logits: torch.Tensor, params: SamplingParams, generator: torch.Generator | None
-) -> int:
-    """One token from ``logits [V]`` (float32): the largest, or drawn after temperature, top-k, top-p.
+def choose(logits: torch.Tensor, params: SamplingParams, generator: torch.Generator | None) -> int:
+    """One token from ``logits [V]`` (float32).
 
-    Each row has a generator of its own, so a draw does not depend on the rest of the batch. Of
-    equal logits the smallest token id counts as the larger.
+    Temperature 0 takes the largest; else a draw after temperature, top-k and top-p. Each row has a
+    generator of its own, so a draw does not depend on the rest of the batch. Of equal logits the
+    smallest token id counts as the larger.
     """
     if params.temperature == 0:
         return int(logits.argmax())

@@ -150,6 +150,11 @@ class Decoder(nn.Module):
         self.register_buffer("cos_sin", _cos_sin(config).to(device), persistent=False)
 
     @property
+    def blocks(self) -> list[DecoderLayer]:
+        """The layers, with their type."""
+        return [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.embedding.dtype
 
@@ -170,9 +175,10 @@ class Decoder(nn.Module):
         if config.embedding_scale != 1.0:
             # Rounded to the working dtype first, as the published models were trained.
             x = x * torch.tensor(config.embedding_scale, dtype=x.dtype, device=x.device)
-        norms = [layer.input_norm for layer in self._layers()][1:] + [self.final_norm]
-        normed, residual = self._norm(x, None, self._layers()[0].input_norm, None, None)
-        for layer, next_norm in zip(self._layers(), norms, strict=True):
+        blocks = self.blocks
+        next_norms = [*(layer.input_norm for layer in blocks[1:]), self.final_norm]
+        normed, residual = self._norm(x, None, blocks[0].input_norm, None, None)
+        for layer, next_norm in zip(blocks, next_norms, strict=True):
             x = layer.attention(normed, positions, self.cos_sin, attention, modulation)
             normed, residual = self._norm(x, residual, layer.post_norm, None, None)
             x = layer.mlp(normed, modulation)
@@ -184,9 +190,6 @@ class Decoder(nn.Module):
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """``[T,C] -> [T,V]`` in the working dtype."""
         return F.linear(hidden, self.lm_head)
-
-    def _layers(self) -> list[DecoderLayer]:
-        return list(self.layers)  # type: ignore[arg-type]
 
     def _norm(
         self,

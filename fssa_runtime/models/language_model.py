@@ -141,7 +141,9 @@ def locate(name: str, *, show_progress: bool = False) -> Path:
 
     try:
         return Path(
-            snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"])
+            snapshot_download(
+                name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]
+            )
         )
     except Exception as error:  # the hub's client raises many kinds, all meaning "cannot be had"
         raise InputError(

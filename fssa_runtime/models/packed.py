@@ -16,8 +16,8 @@ from .decoder import Decoder
 class PackedOptions:
     """m options (prompt and answer tokens) as one flat batch of T tokens.
 
-    ``tokens``, ``positions``: ``[T]`` int32. ``lengths``: tokens of each option. ``answer_lengths``:
-    how many of those, at the end, are the answer.
+    ``tokens``, ``positions``: ``[T]`` int32. ``lengths``: tokens of each option.
+    ``answer_lengths``: how many of those, at the end, are the answer.
     """
 
     tokens: torch.Tensor

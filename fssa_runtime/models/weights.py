@@ -105,7 +105,7 @@ def _targets(decoder: Decoder) -> dict[str, torch.Tensor]:
     }
     if not config.tie_embeddings:
         targets["lm_head.weight"] = decoder.lm_head.data
-    for i, layer in enumerate(decoder._layers()):
+    for i, layer in enumerate(decoder.blocks):
         stacks = {
             ("qkv", "self_attn.", ("q_proj", "k_proj", "v_proj")): config.qkv_splits,
             ("o", "self_attn.", ("o_proj",)): (config.hidden_size,),

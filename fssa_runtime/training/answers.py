@@ -110,11 +110,13 @@ def read_answers(path: Path) -> list[Mapping[str, str]]:
     lines = raw.split(b"\n")
     if lines[-1]:
         path.write_bytes(raw[: len(raw) - len(lines[-1])])
-    answers = []
+    answers: list[Mapping[str, str]] = []
     for number, line in enumerate(lines[:-1], start=1):
         try:
             record = json.loads(line)
-            answers.append({key: record[key] for key in ("prompt", "style", "answer", "finish_reason")})
+            answers.append(
+                {key: record[key] for key in ("prompt", "style", "answer", "finish_reason")}
+            )
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path}:{number}: not an answer record: {error}") from error
     return answers

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,12 +14,19 @@ from rich.table import Table
 
 from ..conditioning.embedding import EmbeddingConfig, embed_options
 from ..errors import InputError
+from ..files import write_atomically
 from ..models.language_model import Content, LanguageModel
+from ..users.examples import write_users
 from .answers import AnswerConfig, read_answers, read_prompts, sample_answers
 from .policy import CONDITIONING_DIR, PolicyConfig, train_policy
-from .population import PopulationConfig, build_preferences, write_preferences
+from .population import (
+    NamedUsersConfig,
+    PopulationConfig,
+    build_named_users,
+    build_preferences,
+    write_preferences,
+)
 from .reward import Embed, RewardConfig, TextOptions, train_reward
-from .reward_model import write_atomically
 from .swap_test import SwapTestConfig, run_swap_test
 from .trainer import load_config
 
@@ -30,7 +37,9 @@ def train_reward_command(config_file: Path, *, resume: bool, overwrite: bool) ->
     """Train a reward by a recipe; print where it lies and how well it predicts choices."""
     config = _with_switches(load_config(config_file, RewardConfig), resume, overwrite)
     embed, fingerprint = None, None
-    if config.options is not None:
+    if config.data.kind == "preferences":
+        if config.options is None:
+            raise InputError("options: expected the base model that reads the text, got none")
         embed, fingerprint = _embedder(config.options)
     result = train_reward(config, embed=embed, embed_fingerprint=fingerprint)
     console = Console()
@@ -78,13 +87,19 @@ def answers_command(model: str, prompts: Path, config_file: Path, output: Path) 
 def choices_command(answers: Path, config_file: Path, output: Path) -> None:
     """Let a simulated population choose between sampled answers."""
     config = load_config(config_file, PopulationConfig)
-    records = read_answers(answers)
-    if not records:
-        raise InputError(f"answers {answers}: no such file, or no answer in it")
-    preferences, _ = build_preferences(records, config)
+    preferences, _ = build_preferences(_read_some_answers(answers), config)
     _make_parent(output)
     write_preferences(preferences, output)
     Console().print(f"{len(preferences)} choices of {config.num_users} users in {output}")
+
+
+def users_command(answers: Path, config_file: Path, output: Path) -> None:
+    """Write example users: names, hidden weights, and choices on held-out prompts."""
+    config = load_config(config_file, NamedUsersConfig)
+    users = build_named_users(_read_some_answers(answers), config)
+    _make_parent(output)
+    write_users(users, output)
+    Console().print(f"{len(users)} users with {config.num_choices} choices each in {output}")
 
 
 def evaluate_command(config_file: Path, output: Path) -> None:
@@ -132,11 +147,16 @@ def _embedder(options: TextOptions) -> tuple[Embed, str]:
 
     def embed(asked: Sequence[tuple[Content, Content]]) -> torch.Tensor:
         with progress:
-            return embed_options(
-                model, config, asked, on_done=lambda n: progress.advance(task, n)
-            )
+            return embed_options(model, config, asked, on_done=lambda n: progress.advance(task, n))
 
     return embed, f"{model.fingerprint}/{options.dtype}/{config.pooling}"
+
+
+def _read_some_answers(answers: Path) -> list[Mapping[str, str]]:
+    records = read_answers(answers)
+    if not records:
+        raise InputError(f"answers {answers}: no such file, or no answer in it")
+    return records
 
 
 def _make_parent(output: Path) -> None:

@@ -2,7 +2,7 @@
 
     z = encoder(context choices)            row = modulator(z)
     r(y) = β ( log π(ỹ | x, z) − log π_ref(ỹ | x) )
-    loss = − mean log σ( r(chosen) − r(rejected) )   over targets that share no pair with the context
+    loss = − mean log σ( r(chosen) − r(rejected) )      over targets not among the context
 
 The base is frozen; log π_ref and the options' embeddings are computed once and kept beside the
 run. Source: arXiv 2412.13998, NP-DPO.
@@ -30,13 +30,14 @@ from ..conditioning.layout import ModulatorConfig
 from ..conditioning.modulation import Modulation
 from ..conditioning.modulator import Modulator
 from ..errors import InputError
+from ..files import write_atomically
 from ..models.decoder import Decoder
 from ..models.language_model import Content, LanguageModel
 from ..models.packed import PackedOptions, batches_by_tokens
 from .data import PreferenceData, Split, read_preferences, split_preferences
 from .losses import dpo_loss, implicit_reward, token_logprob_from_hidden
 from .reward import PreferenceFiles
-from .reward_model import load_reward, write_atomically
+from .reward_model import load_reward
 from .tasks import EVALUATION, Task, TaskConfig, TaskDataset, TooFewChoicesError, collate_rows
 from .trainer import FitResult, TrainSettings, fit
 
@@ -170,9 +171,7 @@ def answer_logprobs(
     return _answer_logprobs(decoder, packed, packed.hidden(decoder, modulation))
 
 
-def _answer_logprobs(
-    decoder: Decoder, packed: PackedOptions, hidden: torch.Tensor
-) -> torch.Tensor:
+def _answer_logprobs(decoder: Decoder, packed: PackedOptions, hidden: torch.Tensor) -> torch.Tensor:
     index, owner = packed.answer_index()
     values = token_logprob_from_hidden(hidden[index - 1], packed.tokens[index], decoder.logits)
     return values.new_zeros(len(packed.lengths)).index_add(0, owner, values)
@@ -358,7 +357,10 @@ def _scale_latents(encoder: PreferenceEncoder, options: Options, tasks: TaskData
     """
     batch = collate_rows([tasks[i] for i in range(min(SCALING_TASKS, len(tasks)))])
     rows, mask = batch["context_rows"], batch["context_mask"]
-    chosen, rejected = options.embeddings[options.chosen[rows]], options.embeddings[options.rejected[rows]]
+    chosen, rejected = (
+        options.embeddings[options.chosen[rows]],
+        options.embeddings[options.rejected[rows]],
+    )
     scale = encoder(chosen, rejected, mask).mean.square().mean().sqrt()
     encoder.scale_latents(1 / float(scale))
 

@@ -17,8 +17,11 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from ..conditioning.checkpoint import Choice
 from ..errors import InputError
-from .data import Preference
+from ..users.examples import ExampleUser
+from .data import Preference, read_preferences, split_preferences
+from .reward import PreferenceFiles
 from .tastes import TASTES, TasteScale, has_loop, utility
 
 
@@ -58,9 +61,7 @@ def usable_answer(answer: str, finish_reason: str, min_words: int) -> str | None
     return text
 
 
-def candidates(
-    records: Sequence[Mapping[str, str]], min_words: int
-) -> dict[str, list[str]]:
+def candidates(records: Sequence[Mapping[str, str]], min_words: int) -> dict[str, list[str]]:
     """Distinct usable answers of each prompt that has at least two."""
     found: dict[str, dict[str, None]] = {}
     for record in records:
@@ -117,6 +118,57 @@ def simulate(
             chosen, rejected = (a, b) if prefers_a else (b, a)
             preferences.append(Preference(user, prompt, chosen, rejected))
     return preferences
+
+
+def heldout_answers(
+    data: PreferenceFiles, answers: Mapping[str, list[str]]
+) -> dict[str, list[str]]:
+    """The answers to prompts that a training on ``data`` held out."""
+    preferences = read_preferences(data.files)
+    split = split_preferences(
+        preferences,
+        heldout_users=data.heldout_users,
+        heldout_prompts=data.heldout_prompts,
+        seed=data.split_seed,
+    )
+    heldout = {preferences.preferences[row].prompt for row in split.heldout}
+    return {prompt: texts for prompt, texts in answers.items() if prompt in heldout}
+
+
+class NamedUsersConfig(BaseModel):
+    """People with names and weights who make ``num_choices`` choices on held-out prompts."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    population: PopulationConfig
+    data: PreferenceFiles
+    users: dict[str, dict[str, float]] = Field(min_length=1)
+    num_choices: int = Field(ge=0)
+    seed: int = 0
+
+
+def build_named_users(
+    records: Sequence[Mapping[str, str]], config: NamedUsersConfig
+) -> list[ExampleUser]:
+    """Example users as the demo reads them."""
+    answers = candidates(records, config.population.min_words)
+    texts = [text for options in answers.values() for text in options]
+    scale = TasteScale.fit(texts, config.population.tastes)
+    choices = simulate(
+        heldout_answers(config.data, answers),
+        config.users,
+        scale,
+        choices_per_user=config.num_choices,
+        seed=config.seed,
+    )
+    return [
+        ExampleUser(
+            name,
+            tuple(Choice(c.prompt, c.chosen, c.rejected) for c in choices if c.user == name),
+            weights,
+        )
+        for name, weights in config.users.items()
+    ]
 
 
 def write_preferences(preferences: Sequence[Preference], path: Path) -> None:

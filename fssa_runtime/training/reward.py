@@ -21,7 +21,9 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback
 from typing_extensions import Self
 
+from fssa_runtime.conditioning.embedding import EmbeddingConfig
 from fssa_runtime.conditioning.encoder import EncoderSettings
+from fssa_runtime.files import write_atomically
 from fssa_runtime.training.data import (
     Content,
     PreferenceData,
@@ -35,7 +37,6 @@ from fssa_runtime.training.reward_model import (
     RewardObjective,
     load_reward,
     save_reward,
-    write_atomically,
 )
 from fssa_runtime.training.synthetic import Population, PopulationName, SyntheticTasks
 from fssa_runtime.training.tasks import (
@@ -57,6 +58,7 @@ __all__ = [
     "RewardModel",
     "RewardResult",
     "SyntheticData",
+    "TextOptions",
     "embed_preferences",
     "load_reward",
     "save_reward",
@@ -96,6 +98,14 @@ class PreferenceFiles(_Strict):
     split_seed: int = Field(default=0, ge=0)
 
 
+class TextOptions(_Strict):
+    """How text options become vectors: the base model whose hidden states are read, and which."""
+
+    model: str
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    embedding: EmbeddingConfig = EmbeddingConfig()
+
+
 class EvaluationSettings(_Strict):
     """Fresh tasks for each context length, measured after training."""
 
@@ -111,11 +121,14 @@ class RewardConfig(_Strict):
     """A recipe for a reward model, as read from YAML by `trainer.load_config`.
 
     `encoder` may be left out (its defaults apply) and must be for model "btl"; kl_weight (1 if
-    left out) weighs the KL term of a stochastic encoder and is for that only.
+    left out) weighs the KL term of a stochastic encoder and is for that only. `options` says how
+    text becomes vectors, for data.kind "preferences"; a caller of `train_reward` with an `embed`
+    of its own leaves it out.
     """
 
     model: Literal["np-btl", "btl"] = "np-btl"
     data: Annotated[SyntheticData | PreferenceFiles, Field(discriminator="kind")]
+    options: TextOptions | None = None
     tasks: TaskConfig = TaskConfig()
     encoder: EncoderSettings | None = None
     hidden_dim: int = Field(default=256, ge=1)
@@ -130,6 +143,8 @@ class RewardConfig(_Strict):
         stochastic = self.encoder is not None and self.encoder.stochastic
         if self.kl_weight is not None and not stochastic:
             raise ValueError("kl_weight: expected none unless encoder.stochastic is true")
+        if self.data.kind == "synthetic" and self.options is not None:
+            raise ValueError("options: expected none for synthetic data, which has no text")
         if self.data.kind == "synthetic" and self.tasks.disjoint_by == "prompt":
             raise ValueError(
                 "tasks.disjoint_by: expected 'pair' for synthetic data, which has no prompts"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from fssa_runtime.conditioning.encoder import (
     check_pairs,
     two_layer_mlp,
 )
+from fssa_runtime.files import write_atomically
 from fssa_runtime.training.evaluation import Scores
 from fssa_runtime.training.losses import btl_loss, kl_diagonal_gaussians
 
@@ -217,13 +217,6 @@ def load_reward(folder: str | Path) -> RewardModel:
             f"{weights_file}: expected the tensors of {CONFIG_FILE}: {error}"
         ) from error
     return model.eval()
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a reader or a crash sees the old content or the new, nothing else."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
 
 
 def _read_record(path: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +27,8 @@ from ..request import Completion, SamplingParams
 from ..steering import SteeredModel, SteeredRequest
 from .answers import read_answers, read_prompts
 from .policy import MAX_BATCH_TOKENS, answer_logprobs
-from .population import PopulationConfig, candidates, simulate
+from .population import PopulationConfig, candidates, heldout_answers, simulate
+from .reward import PreferenceFiles
 from .tastes import TASTES, TasteScale, has_loop, repetition
 
 
@@ -34,9 +36,9 @@ class SwapTestConfig(BaseModel):
     """What to measure, read from YAML.
 
     ``users_per_side`` users want more and as many want less of each taste; each makes
-    ``num_choices`` choices among ``answers`` to prompts the training held out (``train_prompts``
-    lists none of them). ``prompts`` are those to answer: the last ``num_prompts`` lines of the
-    file, which must not occur among the answers.
+    ``num_choices`` choices among ``answers`` to prompts that the training on ``data`` held out.
+    ``prompts`` are those to answer: the last ``num_prompts`` lines of the file, none of which may
+    occur among the answers. ``mixtures`` are shares of the way from less to more.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -44,10 +46,10 @@ class SwapTestConfig(BaseModel):
     model: str
     conditioning: Path
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    data: PreferenceFiles
     answers: Path
     prompts: Path
     population: PopulationConfig
-    context_prompts: tuple[str, ...] = Field(min_length=1)
     num_prompts: int = Field(ge=2)
     users_per_side: int = Field(ge=1)
     num_choices: int = Field(ge=0)
@@ -82,7 +84,7 @@ def run_swap_test(config: SwapTestConfig) -> dict[str, Any]:
         raise ValueError(f"prompts: {overlap[0]!r} and {len(overlap) - 1} more were trained on")
     texts = [text for options in answers.values() for text in options]
     scale = TasteScale.fit(texts, config.population.tastes)
-    context = {prompt: answers[prompt] for prompt in config.context_prompts if prompt in answers}
+    context = heldout_answers(config.data, answers)
     model = LanguageModel.load(config.model, dtype=config.dtype, show_progress=True)
     num_latents = len(config.population.tastes) * config.users_per_side * (2 + len(config.mixtures))
     steered = SteeredModel.load(
@@ -230,7 +232,7 @@ def _swap(
         "share_of_prompts_right": float((difference > 0).mean()),
         "share_of_prompts_wrong": float((difference < 0).mean()),
         "means_from_less_to_more": means,
-        "monotone": all(a <= b for a, b in zip(means, means[1:], strict=False)),
+        "monotone": all(a <= b for a, b in pairwise(means)),
         "unmodulated": float(scores[taste, "unmodulated"].mean()),
     }
 

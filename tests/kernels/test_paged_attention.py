@@ -12,7 +12,7 @@ CASES = cases("paged_attention")
 TOLERANCE = {
     torch.float64: dict(rtol=1e-12, atol=1e-12),
     torch.float32: dict(rtol=1e-5, atol=1e-6),
-    torch.bfloat16: dict(rtol=1.01 * 2**-9, atol=1e-5),  # fp32 inside, rounded once
+    torch.bfloat16: dict(rtol=1.01 * 2**-8, atol=1e-5),  # fp32 inside, rounded once
 }
 
 

@@ -211,6 +211,32 @@ def test_exports_as_one_operator(case):
         torch.testing.assert_close(g, e, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("case", TRACED, ids=str)
+def test_autocast_changes_nothing(case, grad):
+    if grad and not case.differentiable:
+        pytest.skip("inference only")
+    expected = case.run(case.inputs(torch.float32))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = case.run(with_grad(case) if grad else case.inputs(torch.float32))
+    for g, e in zip(as_tuple(got), as_tuple(expected), strict=True):
+        assert g.dtype == torch.float32
+        torch.testing.assert_close(g.detach(), e)
+
+
+def test_compiles_for_any_number_of_tokens_and_features():
+    torch._dynamo.reset()
+    case = TRACED[0]
+    inputs = case.inputs(torch.float32)
+    call = Call(case, inputs)
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True, dynamic=True)
+    for num_tokens in (5, 4, 3):
+        inputs["x"], inputs["slots"] = inputs["x"][:num_tokens], inputs["slots"][:num_tokens]
+        tensors = call.tensors(inputs)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(*tensors), call(*tensors), rtol=0, atol=0)
+
+
 def test_the_operator_itself_has_no_gradient_through_its_epilogue():
     case = next(c for c in cases("modulated_linear") if c.name == "gated-silu")
     args = lookup("modulated_linear").prepare(**with_grad(case))

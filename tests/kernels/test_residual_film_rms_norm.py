@@ -11,7 +11,7 @@ from tests.kernels.kernel_oracles import film_oracle, rms_norm_oracle
 CASES = cases("residual_film_rms_norm")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 # Half a unit in the last place, relative, and a little for the fp32 computation before rounding.
-HALF_ULP = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1.01 * 2**-9}
+HALF_ULP = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1.01 * 2**-8}
 
 
 def by_name(name):

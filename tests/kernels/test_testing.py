@@ -52,5 +52,5 @@ def test_bytes_and_flops_counted_by_hand():
 
 
 def test_unknown_op():
-    with pytest.raises(ValueError, match="op: expected one of modulated_linear.*'gemm'"):
+    with pytest.raises(ValueError, match=r"op: expected one of modulated_linear.*'gemm'"):
         cases("gemm")

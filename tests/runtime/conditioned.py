@@ -61,9 +61,7 @@ def random_conditioning(model: LanguageModel, family: str, *, seed: int = 0) -> 
         for parameter in modulator.lora_b.values():
             parameter.normal_(std=0.2)
         modulator.expand_weight.normal_(std=0.2)
-    return Conditioning(
-        encoder.eval(), modulator.eval(), embedding, model.name, model.fingerprint
-    )
+    return Conditioning(encoder.eval(), modulator.eval(), embedding, model.name, model.fingerprint)
 
 
 def random_row(conditioning: Conditioning, seed: int) -> torch.Tensor:

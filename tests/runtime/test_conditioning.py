@@ -264,8 +264,14 @@ def test_configurations_that_do_not_fit(
 @pytest.mark.parametrize(
     "families",
     [
-        [{"family": "gated", "sites": ["q"], "rank": 2}, {"family": "core", "sites": ["v"], "rank": 2}],
-        [{"family": "gated", "sites": ["q"], "rank": 2}, {"family": "gated", "sites": ["q"], "rank": 2}],
+        [
+            {"family": "gated", "sites": ["q"], "rank": 2},
+            {"family": "core", "sites": ["v"], "rank": 2},
+        ],
+        [
+            {"family": "gated", "sites": ["q"], "rank": 2},
+            {"family": "gated", "sites": ["q"], "rank": 2},
+        ],
         [{"family": "film"}, {"family": "film"}],
     ],
 )

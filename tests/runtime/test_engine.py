@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -70,9 +68,7 @@ def test_pages_of_earlier_requests_do_not_leak_into_later_ones(model: LanguageMo
     expected = first.generate(requests)
     first.cache.k.fill_(float("nan"))
     first.cache.v.fill_(float("nan"))
-    assert all(
-        same(a, b) for a, b in zip(first.generate(requests), expected, strict=True)
-    )
+    assert all(same(a, b) for a, b in zip(first.generate(requests), expected, strict=True))
 
 
 def test_the_end_of_an_answer(model: LanguageModel) -> None:
@@ -133,9 +129,7 @@ def test_an_interrupted_call_frees_its_pages(model: LanguageModel) -> None:
         (Request([1], forced_tokens=[]), "forced_tokens"),
     ],
 )
-def test_requests_that_can_never_run(
-    model: LanguageModel, request_: Request, message: str
-) -> None:
+def test_requests_that_can_never_run(model: LanguageModel, request_: Request, message: str) -> None:
     with pytest.raises(InputError, match=message):
         engine(model).generate([Request([1]), request_])
 
@@ -190,5 +184,3 @@ def test_page_accounting(model: LanguageModel) -> None:
         cache.free(pages[:1])
     with pytest.raises(ValueError, match="not all in"):
         cache.free([7])
-
-

@@ -55,7 +55,9 @@ def recipe(model: LanguageModel, folder: Path, **train: Any) -> PolicyConfig:
             "encoder": {"latent_dim": 4, "hidden_dim": 16, "aggregate": "mean"},
             "modulator": {
                 "latent_dim": 4,
-                "families": [{"family": "gated", "sites": ["q", "v", "o", "up", "down"], "rank": 4}],
+                "families": [
+                    {"family": "gated", "sites": ["q", "v", "o", "up", "down"], "rank": 4}
+                ],
             },
             "beta": 0.5,
             "train": {
@@ -93,9 +95,7 @@ def test_users_are_told_apart_by_their_choices(model: LanguageModel, tmp_path: P
     write_choices(tmp_path / "choices.jsonl")
     before = [parameter.clone() for parameter in model.decoder.parameters()]
     result = train_policy(recipe(model, tmp_path), model)
-    assert all(
-        torch.equal(a, b) for a, b in zip(before, model.decoder.parameters(), strict=True)
-    )
+    assert all(torch.equal(a, b) for a, b in zip(before, model.decoder.parameters(), strict=True))
     # Without telling users apart, half of the held-out choices would be wrong.
     measured = {entry["n"]: entry["accuracy"] for entry in result.metrics["heldout"]}
     assert measured[2] >= 0.9

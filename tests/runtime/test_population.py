@@ -100,7 +100,8 @@ def test_population_is_reproducible_and_has_pure_users(tmp_path: Path) -> None:
     assert len(data) == 30 * 25
     prompts = [p.prompt for p in data.preferences if p.user == "user0000"]
     assert len(set(prompts)) == 20  # every prompt once before any twice
-    assert json.loads(gzip.open(tmp_path / "a.jsonl.gz").readline())["user"] == "user0000"
+    first = gzip.decompress((tmp_path / "a.jsonl.gz").read_bytes()).splitlines()[0]
+    assert json.loads(first)["user"] == "user0000"
 
 
 def test_unknown_taste_and_nothing_to_choose() -> None:

@@ -125,7 +125,7 @@ def test_pull_makes_a_model_that_loads(index: FakeIndex, tmp_path: Path) -> None
 
 def test_no_network(index: FakeIndex, tmp_path: Path) -> None:
     index.broken = b"...\nERROR: Could not find a version that satisfies tiny==1\n"
-    with pytest.raises(InputError, match="network.*Could not find"):
+    with pytest.raises(InputError, match=r"network.*Could not find"):
         pull("tiny", show_progress=False)
     assert leftovers(tmp_path) == []
 

@@ -188,7 +188,7 @@ def _fake(
 _OP = Op(
     _NAME,
     "(Tensor x, Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b, Tensor? rows, "
-    "Tensor? slots, str family, int[] splits, str epilogue, str backend) -> Tensor",
+    "Tensor? slots, str family, SymInt[] splits, str epilogue, str backend) -> Tensor",
     prepare=_prepare,
     backends=(
         Backend("native", modulated_linear_native, cannot_native, avoid_native),

@@ -219,7 +219,7 @@ def _prepare_bwd(*inputs: Any) -> tuple[Any, ...]:
 OP_BWD = Op(
     "modulated_linear_bwd",
     "(Tensor dy, Tensor? x, Tensor? weight, Tensor? lora_a, Tensor? lora_b, Tensor? rows, "
-    "Tensor? slots, str family, int[] splits, bool[] needs, str backend) -> Tensor[]",
+    "Tensor? slots, str family, SymInt[] splits, bool[] needs, str backend) -> Tensor[]",
     prepare=_prepare_bwd,
     backends=(Backend("reference", modulated_linear_bwd_ref),),
     fake=_fake_bwd,
