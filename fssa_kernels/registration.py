@@ -62,8 +62,8 @@ class Op:
         """Call through the registration wherever somebody has to see the operator.
 
         In eager mode with no gradient to record nobody does, and the boundary is bypassed: it
-        costs 19 us a call (torch 2.13, one core of an AMD EPYC at 2.6 GHz), which over the 210
-        calls of a decode step of a 30-layer model is 4 ms.
+        costs 12 us a call under no_grad and 5 us under inference_mode (CPU time, torch 2.13, one
+        core of an AMD EPYC at 2.6 GHz); a decode step of a 30-layer model makes some 210 calls.
         """
         if torch.compiler.is_compiling() or _is_observed(args):
             return self.registered(*args)

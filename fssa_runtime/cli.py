@@ -14,6 +14,7 @@ from typing import Any
 from . import __version__
 
 Command = Callable[[argparse.Namespace], None]
+MODEL_HELP = "catalogue name, folder or hub id"
 Subparsers = Any  # argparse keeps the type of what add_subparsers returns to itself
 
 
@@ -56,13 +57,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add(commands: argparse._SubParsersAction, name: str, run: Command, help: str):  # type: ignore[no-untyped-def]
-    parser = commands.add_parser(
-        name,
-        help=help,
-        description=help,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+def _add(commands: Subparsers, name: str, run: Command, help: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=help, description=help)
     parser.set_defaults(run=run)
     return parser
 
@@ -71,7 +67,9 @@ def _add_demo(commands: Subparsers) -> None:
     from .models.pull import DEFAULT_MODEL
 
     demo = _add(commands, "demo", _demo, "one prompt answered for several users in one batch")
-    demo.add_argument("--model", default=DEFAULT_MODEL, help="catalogue name, folder or hub id")
+    demo.add_argument(
+        "--model", default=DEFAULT_MODEL, help=f"{MODEL_HELP} (default: {DEFAULT_MODEL})"
+    )
     demo.add_argument(
         "--conditioning", type=Path, help="checkpoint folder (default: the one that ships)"
     )
@@ -80,9 +78,16 @@ def _add_demo(commands: Subparsers) -> None:
     )
     demo.add_argument("--users", type=int, metavar="N", help="only the first N users")
     demo.add_argument("--prompt", help="what everybody asks (default: a question that shows much)")
-    demo.add_argument("--max-tokens", type=int, default=96, help="longest answer")
-    demo.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    demo.add_argument("--device", default="cpu", help="cpu or cuda")
+    demo.add_argument("--max-tokens", type=int, default=96, help="longest answer (default: 96)")
+    demo.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        default="float32",
+        help="of weights and activations (default: float32)",
+    )
+    demo.add_argument(
+        "--device", choices=["cpu", "cuda"], default="cpu", help="cpu or cuda (default: cpu)"
+    )
     demo.add_argument("--json", type=Path, metavar="FILE", help="also write everything as JSON")
 
 
@@ -120,7 +125,7 @@ def _pull(arguments: argparse.Namespace) -> None:
 
 def _add_train(commands: Subparsers) -> None:
     train = _add(commands, "train", _train, "train a reward (NP-BTL) or a policy (NP-DPO)")
-    train.add_argument("what", choices=["reward", "policy"])
+    train.add_argument("what", choices=["reward", "policy"], help="which of the two")
     train.add_argument("--config", type=Path, required=True, help="recipe, YAML")
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
     train.add_argument("--overwrite", action="store_true", help="delete an earlier run's files")
@@ -134,10 +139,14 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _add_data(commands: Subparsers) -> None:
+    from .models.pull import DEFAULT_MODEL
+
     data = _add(commands, "data", _answers, "make preference data from the model's own answers")
     steps = data.add_subparsers(required=True, metavar="STEP")
     answers = _add(steps, "answers", _answers, "sample several answers to each prompt (resumable)")
-    answers.add_argument("--model", default="smollm2-135m-instruct")
+    answers.add_argument(
+        "--model", default=DEFAULT_MODEL, help=f"{MODEL_HELP} (default: {DEFAULT_MODEL})"
+    )
     answers.add_argument("--prompts", type=Path, required=True, help="text file, one a line")
     answers.add_argument("--config", type=Path, required=True, help="styles and sampling, YAML")
     answers.add_argument("--output", type=Path, required=True, help="JSON lines, appended to")

@@ -68,6 +68,18 @@ class Modulator(nn.Module):
         """Generated part of the users' rows: ``z [U,Z] -> [U, generated_width]`` float32."""
         return expand_modulation(z, self.expand_weight, self.expand_bias)
 
+    @torch.no_grad()
+    def weaken(self, strength: float) -> None:
+        """Move every generated row towards the identity: row ← identity + strength · (row − identity).
+
+        The rows are linear in z, so this is exact, in the expansion's own weights.
+        """
+        if not 0 < strength <= 1:
+            raise ValueError(f"strength: expected a number in (0, 1], got {strength}")
+        identity = self.layout.identity()[: self.layout.generated_width]
+        self.expand_weight.mul_(strength)
+        self.expand_bias.copy_(torch.lerp(identity, self.expand_bias, strength))
+
     def stacked(self, site: Site) -> tuple[torch.Tensor, torch.Tensor]:
         """Shared factors of a static, gated or core site: ``A [S*R, K]``, ``B [N, R]``.
 
@@ -104,7 +116,7 @@ class Modulator(nn.Module):
             else:
                 lora_a, lora_b = self.stacked(site)
                 if dtype is not None:
-                    lora_a, lora_b = lora_a.detach().to(dtype), lora_b.detach().to(dtype)
+                    lora_a, lora_b = (t.detach().to(table.device, dtype) for t in (lora_a, lora_b))
                 if site.family == "static":
                     term = LinearModulation("static", lora_a, lora_b, None)
                 elif site.family == "gated":

@@ -57,6 +57,8 @@ class LanguageModel:
             if dtype not in DTYPES:
                 raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
             dtype = DTYPES[dtype]
+        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+            raise InputError(f"device {device!r}: there is no usable GPU here; expected 'cpu'")
         folder = locate(name, show_progress=show_progress)
         hf = _read_hf_config(folder)
         decoder, fingerprint = load_decoder(decoder_config(hf), folder, dtype, device)

@@ -64,6 +64,8 @@ class PolicyConfig(BaseModel):
 
     ``encoder`` starts from random weights, or from ``init_encoder``: the folder of a reward
     trained by ``fssa train reward`` on the same embedding. ``freeze_encoder`` leaves it as it is.
+    After training the users' rows are moved towards the identity by ``strength`` (1: not at all):
+    preference optimisation overshoots, and text that goes too far is no longer good text.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -78,6 +80,7 @@ class PolicyConfig(BaseModel):
     freeze_encoder: bool = False
     modulator: ModulatorConfig
     beta: float = Field(default=0.05, gt=0)
+    strength: float = Field(default=1.0, gt=0, le=1)
     train: TrainSettings
     evaluation: PolicyEvaluation = PolicyEvaluation()
     save_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -267,6 +270,7 @@ def train_policy(config: PolicyConfig, model: LanguageModel) -> PolicyResult:
     modulator = Modulator(config.modulator, model.decoder.config)
     objective = PolicyObjective(encoder, modulator, model.decoder, options, config.beta)
     outcome = fit(objective, tasks, config.train, collate=collate_rows)
+    modulator.weaken(config.strength)
     conditioning = Conditioning(
         encoder.eval(), modulator.eval(), config.embedding, config.model, model.fingerprint
     )

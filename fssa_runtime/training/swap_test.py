@@ -37,8 +37,9 @@ class SwapTestConfig(BaseModel):
 
     ``users_per_side`` users want more and as many want less of each taste; each makes
     ``num_choices`` choices among ``answers`` to prompts that the training on ``data`` held out.
-    ``prompts`` are those to answer: the last ``num_prompts`` lines of the file, none of which may
-    occur among the answers. ``mixtures`` are shares of the way from less to more.
+    Those to answer are ``num_prompts`` lines of the file ``prompts`` from line ``first_prompt`` (0
+    is the first) on, none of which may occur among the answers. ``mixtures`` are shares of the way
+    from less to more.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -50,6 +51,7 @@ class SwapTestConfig(BaseModel):
     answers: Path
     prompts: Path
     population: PopulationConfig
+    first_prompt: int = Field(ge=0)
     num_prompts: int = Field(ge=2)
     users_per_side: int = Field(ge=1)
     num_choices: int = Field(ge=0)
@@ -77,7 +79,10 @@ def run_swap_test(config: SwapTestConfig) -> dict[str, Any]:
     Raises:
         InputError, ValueError: files that do not fit together.
     """
-    prompts = read_prompts(config.prompts)[-config.num_prompts :]
+    prompts = read_prompts(config.prompts)
+    prompts = prompts[config.first_prompt : config.first_prompt + config.num_prompts]
+    if len(prompts) < config.num_prompts:
+        raise ValueError(f"num_prompts: expected at most {len(prompts)} from there on")
     answers = candidates(read_answers(config.answers), config.population.min_words)
     overlap = sorted(set(prompts) & set(answers))
     if overlap:

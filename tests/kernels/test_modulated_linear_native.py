@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fssa_kernels import modulated_linear
+from fssa_kernels import explain, modulated_linear
 from fssa_kernels.native import MISSING, NATIVE
 from fssa_kernels.ops.modulated_linear.cases import _Sizes
 from fssa_kernels.testing import cases
@@ -170,3 +170,14 @@ def test_what_it_cannot_serve_is_refused_when_named_and_served_otherwise(change,
     with pytest.raises(ValueError, match=rf"backend 'native' cannot serve this call: .*({reason})"):
         native(changed)
     torch.testing.assert_close(modulated_linear(**changed).double(), expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(("dtype", "rows"), [(torch.float32, 4), (torch.bfloat16, 1)], ids=str)
+def test_auto_takes_it_where_it_was_measured_faster(dtype, rows):
+    few, many = (make(dtype, family="gated", num_tokens=n) for n in (rows, rows + 1))
+    assert explain(modulated_linear, **few)[0].chosen
+    verdict = explain(modulated_linear, **many)[0]
+    assert not verdict.chosen
+    assert verdict.can
+    assert "auto prefers another: measured" in verdict.reason
+    assert torch.equal(modulated_linear(**few), native(few))

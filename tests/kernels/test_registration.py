@@ -26,6 +26,10 @@ def with_grad(case, dtype=torch.float32):
     return inputs
 
 
+def as_tuple(outputs):
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_opcheck(case):
     opcheck(operator(case.op), lookup(case.op).prepare(**case.inputs(torch.float32)))
@@ -39,21 +43,24 @@ def test_opcheck_with_gradients(case):
     opcheck(operator(case.op), lookup(case.op).prepare(**inputs))
 
 
+class Seen(TorchDispatchMode):
+    """Records the calls of operators underneath, with their arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls.append((function, args))
+        return function(*args, **(kwargs or {}))
+
+
 def backward_calls(case):
     """The calls of gradient operators that one backward pass makes."""
-    seen = []
-
-    class Record(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function.namespace == "fssa" and "_bwd" in str(function):
-                seen.append((function, args))
-            return function(*args, **(kwargs or {}))
-
-    outputs = case.run(with_grad(case))
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    with Record():
+    outputs = as_tuple(case.run(with_grad(case)))
+    with Seen() as seen:
         torch.autograd.backward(sum(output.square().sum() for output in outputs))
-    return seen
+    return [(f, args) for f, args in seen.calls if f.namespace == "fssa"]
 
 
 @pytest.mark.parametrize(
@@ -67,24 +74,13 @@ def test_opcheck_of_the_gradient_operator(case):
     opcheck(function, args, test_utils=("test_schema", "test_faketensor"))
 
 
-class Seen(TorchDispatchMode):
-    """Names of the operators called underneath."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.append(str(function))
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("op", OPS)
 def test_a_dispatch_mode_sees_the_operator(op):
     case = cases(op)[0]
+    inputs = case.inputs(torch.float32)
     with Seen() as seen, torch.no_grad():
-        case.run(case.inputs(torch.float32))
-    assert seen.names[0] == f"fssa.{op}.default"
+        case.run(inputs)
+    assert str(seen.calls[0][0]) == f"fssa.{op}.default"
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -98,36 +94,26 @@ def test_fake_tensors_go_through_the_fake(op):
             for name, value in inputs.items()
         }
         fake = case.run(fakes)
-    for got, expected in zip(
-        fake if isinstance(fake, tuple) else (fake,),
-        real if isinstance(real, tuple) else (real,),
-        strict=True,
-    ):
+    for got, expected in zip(as_tuple(fake), as_tuple(real), strict=True):
         assert isinstance(got, torch._subclasses.FakeTensor)
         assert got.shape == expected.shape
         assert got.dtype == expected.dtype
 
 
-def check_no_boundary(monkeypatch, op, context):
-    case = cases(op)[0]
-    inputs = case.inputs(torch.float32)
-
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("op", OPS)
+def test_eager_calls_without_gradients_bypass_the_registration(monkeypatch, op, context):
     def refuse(*args):
         raise AssertionError("went through the registration")
 
-    module = sys.modules[f"fssa_kernels.ops.{op}.api"]
-    monkeypatch.setattr(module._OP, "registered", refuse)
+    monkeypatch.setattr(sys.modules[f"fssa_kernels.ops.{op}.api"]._OP, "registered", refuse)
+    case = cases(op)[0]
+    inputs = case.inputs(torch.float32)
     with context():
         case.run(inputs)
     if case.differentiable:
         with pytest.raises(AssertionError, match="went through"):
             case.run(with_grad(case))
-
-
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
-@pytest.mark.parametrize("op", OPS)
-def test_eager_calls_without_gradients_bypass_the_registration(monkeypatch, op, context):
-    check_no_boundary(monkeypatch, op, context)
 
 
 class Call(torch.nn.Module):
@@ -158,10 +144,6 @@ TRACED = [
         ("expand_modulation", "several"),
     )
 ]
-
-
-def as_tuple(outputs):
-    return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
 @pytest.mark.parametrize("case", TRACED, ids=str)

@@ -117,6 +117,19 @@ def test_gradients_reach_every_parameter(family: str, model: LanguageModel) -> N
     assert all(p.grad is None for p in model.decoder.parameters())
 
 
+@pytest.mark.parametrize("family", ["gated", "core", "film", "mixed"])
+def test_weakened_rows_lie_on_the_way_to_the_identity(family: str, model: LanguageModel) -> None:
+    modulator = random_conditioning(model, family).modulator
+    z = torch.randn(3, 5)
+    with torch.no_grad():
+        modulator.expand_bias += 0.3
+        whole = modulator.rows(z)
+        modulator.weaken(0.25)
+        weak = modulator.rows(z)
+    identity = modulator.layout.identity()[: modulator.layout.generated_width]
+    assert torch.allclose(weak - identity, 0.25 * (whole - identity), atol=1e-5)
+
+
 def test_table_slots_are_used_once_and_freed_rows_are_poisoned(model: LanguageModel) -> None:
     conditioning = random_conditioning(model, "gated")
     table = ModulationTable(conditioning.modulator.layout, 2)

@@ -26,7 +26,7 @@ def write_gguf(path: Path) -> None:
 
     generator = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, "llama")
-    vocabulary = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|s|>", "<|e|>"]
+    vocabulary = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|s|>", "<|e|>", "ab"]
     writer.add_name("tiny")
     writer.add_context_length(64)
     writer.add_embedding_length(32)
@@ -41,7 +41,7 @@ def write_gguf(path: Path) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
     writer.add_token_list(vocabulary)
-    writer.add_token_types([1] * 256 + [3, 3])
+    writer.add_token_types([1] * 256 + [3, 3, 1])
     writer.add_token_merges(["a b"])
     writer.add_bos_token_id(256)
     writer.add_eos_token_id(257)
