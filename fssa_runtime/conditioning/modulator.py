@@ -70,7 +70,7 @@ class Modulator(nn.Module):
 
     @torch.no_grad()
     def weaken(self, strength: float) -> None:
-        """Move every generated row towards the identity: row ← identity + strength · (row − identity).
+        """Move generated rows towards the identity: row ← identity + strength · (row − identity).
 
         The rows are linear in z, so this is exact, in the expansion's own weights.
         """
