@@ -7,10 +7,11 @@ import torch
 @pytest.fixture(autouse=True)
 def _poisoned_outputs():
     before = torch.utils.deterministic.fill_uninitialized_memory
+    strict = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
-    torch.use_deterministic_algorithms(False)
+    torch.use_deterministic_algorithms(strict)
     torch.utils.deterministic.fill_uninitialized_memory = before
 
 
