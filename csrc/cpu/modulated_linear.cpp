@@ -51,34 +51,33 @@ int64_t user_of(const ModulatedLinearArgs& a, int64_t t) {
   return a.family == Family::kFactors ? a.slots[t] : 0;
 }
 
-void widen_row(const ModulatedLinearArgs& a, int64_t t, float* out) {
+// The fp32 copy of row t of x, where x is not fp32 already.
+void widen(const ModulatedLinearArgs& a, int64_t t, float* out) {
   const void* row = advance(a.x.data, a.x.dtype, t * a.x.stride);
   for (int64_t k = 0; k < a.in_features; ++k) out[k] = load(row, a.x.dtype, k);
 }
 
-// Columns [first, first + size) of u = A x_t.
-void project(const ModulatedLinearArgs& a, int64_t t, const float* x, int64_t first, int64_t size,
-             float* u) {
-  const int64_t offset = user_of(a, t) * a.lora_a.user_stride + first * a.lora_a.stride;
+// u = A x_t.
+void project(const ModulatedLinearArgs& a, int64_t t, const float* x, int64_t width, float* u) {
+  const int64_t offset = user_of(a, t) * a.lora_a.user_stride;
   dot_columns(x, advance(a.lora_a.data, a.lora_a.dtype, offset), a.lora_a.dtype, a.lora_a.stride,
-              a.in_features, size, u + first);
+              a.in_features, width, u);
 }
 
 // u <- u * g (gated) or M_s u_s for every projection s (core), with the state of row t's user.
-void modulate(const ModulatedLinearArgs& a, int64_t t, float* u, float* spare) {
+void modulate(const ModulatedLinearArgs& a, int64_t t, int64_t width, float* u, float* spare) {
   if (a.family != Family::kGated && a.family != Family::kCore) return;
   const DType dtype = a.rows.dtype;
   const void* state = advance(a.rows.data, dtype, a.slots[t] * a.rows.stride);
-  const int64_t num_splits = static_cast<int64_t>(a.splits.size());
   if (a.family == Family::kGated) {
-    for (int64_t r = 0; r < num_splits * a.rank; ++r) u[r] *= load(state, dtype, r);
+    for (int64_t r = 0; r < width; ++r) u[r] *= load(state, dtype, r);
     return;
   }
-  for (int64_t s = 0; s < num_splits; ++s) {
-    const void* core = advance(state, dtype, s * a.rank * a.rank);
-    dot_columns(u + s * a.rank, core, dtype, a.rank, a.rank, a.rank, spare + s * a.rank);
+  for (int64_t first = 0; first < width; first += a.rank) {
+    const void* core = advance(state, dtype, first * a.rank);
+    dot_columns(u + first, core, dtype, a.rank, a.rank, a.rank, spare + first);
   }
-  std::copy(spare, spare + num_splits * a.rank, u);
+  std::copy(spare, spare + width, u);
 }
 
 // out[c] = W x + b + B_s u_s for the columns of one block, in fp32.
@@ -128,7 +127,6 @@ void modulated_linear(const ModulatedLinearArgs& a) {
   const int64_t out_columns = blocks.empty() ? 0 : blocks.back().first + blocks.back().size;
   const int64_t width =
       a.family == Family::kNone ? 0 : static_cast<int64_t>(a.splits.size()) * a.rank;
-  const int64_t a_blocks = (width + kBlockColumns - 1) / kBlockColumns;
   const int64_t max_rows = std::min(kChunkRows, a.num_tokens);
   const bool copies = a.x.dtype != DType::kFloat32;
   std::vector<float> wide(copies ? max_rows * a.in_features : 0);
@@ -143,25 +141,14 @@ void modulated_linear(const ModulatedLinearArgs& a) {
     };
 #pragma omp parallel num_threads(a.num_threads)
     {
-      if (copies) {
+      // Whole rows, not columns, are shared out here: one barrier instead of three, which is what
+      // counts when there are few rows, and A x is a small part of the work.
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < num_rows; ++i) {
-          widen_row(a, start + i, wide.data() + i * a.in_features);
-        }
-      }
-      if (width > 0) {
-#pragma omp for schedule(static)
-        for (int64_t b = 0; b < a_blocks; ++b) {
-          const int64_t first = b * kBlockColumns;
-          for (int64_t i = 0; i < num_rows; ++i) {
-            project(a, start + i, x_row(i), first, std::min(kBlockColumns, width - first),
-                    u.data() + i * width);
-          }
-        }
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < num_rows; ++i) {
-          modulate(a, start + i, u.data() + i * width, spare.data() + i * width);
-        }
+      for (int64_t i = 0; i < num_rows; ++i) {
+        if (copies) widen(a, start + i, wide.data() + i * a.in_features);
+        if (width == 0) continue;
+        project(a, start + i, x_row(i), width, u.data() + i * width);
+        modulate(a, start + i, width, u.data() + i * width, spare.data() + i * width);
       }
 #pragma omp for schedule(static)
       for (int64_t b = 0; b < num_blocks; ++b) {

@@ -12,11 +12,10 @@ def backend(name, cannot=None, avoid=None):
     return Backend(name, lambda x: (name, x), lambda x: cannot, lambda x: avoid)
 
 
-ABLE, UNABLE, SLOW = (
-    backend("able"),
-    backend("unable", cannot="no GPU"),
-    backend("slow", None, "2x"),
-)
+ABLE = backend("able")
+UNABLE = backend("unable", cannot="no GPU")
+SLOW = backend("slow", avoid="2x")
+SLOWER = backend("slower", avoid="3x")
 LAST = backend("last")
 
 
@@ -27,6 +26,7 @@ LAST = backend("last")
         ([UNABLE, ABLE, LAST], "auto", "able"),
         ([SLOW, LAST], "auto", "last"),
         ([UNABLE, SLOW], "auto", "slow"),  # slower, but there is nobody else
+        ([SLOW, SLOWER], "auto", "slow"),
         ([ABLE, LAST], "last", "last"),
         ([SLOW, LAST], "slow", "slow"),  # avoided by auto only
     ],

@@ -2,6 +2,7 @@ import threading
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -142,6 +143,13 @@ def test_bf16_keeps_infinities_and_nans():
     assert y[3] == float("inf")
 
 
+def test_bf16_keeps_a_nan_whose_payload_rounding_would_overflow():
+    inputs = make(torch.bfloat16, family="gated", fp32_side=True)
+    inputs["rows"].view(torch.int32)[1] = 0x7FFFFFFF
+    inputs["slots"].fill_(1)
+    assert native(inputs).isnan().all()
+
+
 @pytest.mark.parametrize("bad", [-1, 4])
 def test_a_slot_out_of_range_is_an_error(bad):
     inputs = make(torch.float32, family="gated")
@@ -157,7 +165,8 @@ def test_a_slot_out_of_range_is_an_error(bad):
     [
         (lambda i: {"x": i["x"].t().contiguous().t()}, "last dimension of x is not contiguous"),
         (lambda i: {"weight": i["weight"].t().contiguous().t()}, "last dimension of weight"),
-        (lambda i: {"rows": i["rows"].mT.contiguous().mT}, "part of rows is not contiguous|rows"),
+        (lambda i: {"rows": i["rows"].mT.contiguous().mT}, "last dimension of rows"),
+        (lambda i: {"rows": F.pad(i["rows"], (0, 1))[..., :-1]}, "slot's part of rows is not"),
         (lambda i: {n: i[n].double() for n in ("x", "weight", "lora_a", "lora_b")}, "float64"),
     ],
 )
