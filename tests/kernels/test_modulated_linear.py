@@ -158,6 +158,7 @@ BAD = {
     "lora_a missing": (dict(lora_a=None), TypeError, "lora_a: expected a tensor, got NoneType"),
     "lora_b missing": (dict(lora_b=None), TypeError, "lora_b: expected a tensor"),
     "lora_b dtype": (dict(lora_b=torch.zeros(28, 3).half()), TypeError, "lora_b: .*float16"),
+    "rank zero": (dict(lora_b=torch.zeros(28, 0)), ValueError, "lora_b: .*at least 1"),
     "rows missing": (dict(rows=None), TypeError, "rows: expected a tensor"),
     "rows width": (dict(rows=torch.zeros(4, 8)), ValueError, r"rows: .*\(4, 9\).*\(4, 8\)"),
     "rows rank": (dict(rows=torch.zeros(4, 3, 3)), ValueError, r"rows: .*\[U, S\*R\]"),

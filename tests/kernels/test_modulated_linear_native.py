@@ -181,12 +181,23 @@ def test_what_it_cannot_serve_is_refused_when_named_and_served_otherwise(change,
     torch.testing.assert_close(modulated_linear(**changed).double(), expected, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize(("dtype", "rows"), [(torch.float32, 4), (torch.bfloat16, 1)], ids=str)
-def test_auto_takes_it_where_it_was_measured_faster(dtype, rows):
-    few, many = (make(dtype, family="gated", num_tokens=n) for n in (rows, rows + 1))
+@pytest.mark.parametrize(
+    ("dtype", "threads", "family", "rows"),
+    [
+        (torch.float32, 1, "gated", 4),
+        (torch.float32, 2, "none", 12),
+        (torch.bfloat16, 1, "core", 1),
+        (torch.bfloat16, 2, "gated", 4),
+        (torch.bfloat16, 2, "none", 1),
+    ],
+    ids=str,
+)
+def test_auto_takes_it_where_it_was_measured_faster(dtype, threads, family, rows):
+    torch.set_num_threads(threads)
+    few, many = (make(dtype, family=family, num_tokens=n) for n in (rows, rows + 1))
     assert explain(modulated_linear, **few)[0].chosen
     verdict = explain(modulated_linear, **many)[0]
     assert not verdict.chosen
     assert verdict.can
-    assert "auto prefers another: measured" in verdict.reason
+    assert "auto prefers another: measured 0." in verdict.reason
     assert torch.equal(modulated_linear(**few), native(few))

@@ -145,6 +145,8 @@ def _prepare(
     check_rank(_NAME, "lora_b", lora_b, layouts[1], factor_rank)
     assert lora_a is not None
     assert lora_b is not None
+    if lora_b.shape[-1] == 0:
+        bad_value(_NAME, "lora_b", "a rank R of at least 1", f"shape {tuple(lora_b.shape)}")
     side_dtypes = (dtype, torch.float32)
     num_splits, rank = len(sizes), lora_b.shape[-1]
     users = tuple(lora_a.shape[:-2])

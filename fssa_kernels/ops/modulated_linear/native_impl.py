@@ -11,15 +11,19 @@ from fssa_kernels.native import DTYPE_CODES, MISSING, NATIVE
 _FAMILY_CODES = {"none": 0, "static": 1, "gated": 2, "core": 3, "factors": 4}
 _EPILOGUE_CODES = {"none": 0, "silu_mul": 1, "gelu_tanh_mul": 2}
 
-# CPU time of the reference divided by that of this kernel, gated, R = 8, one thread of an AVX-512
-# machine with bf16 dot products, weights from memory, over the linears of a 135M model (K 576 and
-# 1536, N 576 to 49152): fp32 1.08-1.47 at 1 row, 1.10-1.59 at 4, 0.92-1.10 at 8; bf16 1.01-1.84 at
-# 1 row, 0.73-1.43 at 2, 0.49-0.89 at 8. torch's products win where rows share a weight in register.
-_FASTER_UP_TO_ROWS = {torch.float32: 4, torch.bfloat16: 1}
+# Where the kernel stops being faster, by dtype and by whether torch may use several threads, and
+# what it measured beyond: time of the reference divided by time of the kernel. Weights from memory,
+# R = 8, K 576 and 1536, N 576 to 49152 (a 135M model's linears), AVX-512 with bf16 dot products,
+# torch 2.13, one thread and two. At the limit itself: fp32 1.01-1.35 (4 rows, one thread) and
+# 1.17-1.53 (12 rows, two); bf16 0.95-1.72 (1 row, one thread) and 0.97-1.57 (3 and 4 rows, two).
+# Without a low-rank term torch runs one product and nothing else: bf16 0.98-1.39 at 1 row on two.
 _SLOWER = {
-    torch.float32: "measured 0.92 to 1.10 of the reference's speed at 8 rows, 0.6 to 0.9 at 16",
-    torch.bfloat16: "measured 0.7 to 1.4 of the reference's speed at 2 rows, 0.5 to 0.9 at 8",
+    (torch.float32, False): (4, "0.81 to 1.10 of the reference's speed at 8 rows, one thread"),
+    (torch.float32, True): (12, "0.76 to 1.18 of the reference's speed at 24 rows, two threads"),
+    (torch.bfloat16, False): (1, "0.70 to 1.47 of the reference's speed at 2 rows, one thread"),
+    (torch.bfloat16, True): (4, "0.57 to 0.97 of the reference's speed at 12 rows, two threads"),
 }
+_SLOWER_PLAIN_BFLOAT16 = (1, "0.68 to 0.97 of the reference's speed at 2 rows, two threads")
 
 
 def cannot_native(
@@ -76,9 +80,10 @@ def avoid_native(
     epilogue: str,
 ) -> str | None:
     """Why `auto` prefers the reference on inputs the native kernel could serve, or None."""
-    if x.shape[0] <= _FASTER_UP_TO_ROWS[x.dtype]:
-        return None
-    return _SLOWER[x.dtype]
+    max_rows, measured = _SLOWER[x.dtype, torch.get_num_threads() > 1]
+    if family == "none" and x.dtype == torch.bfloat16:
+        max_rows, measured = _SLOWER_PLAIN_BFLOAT16
+    return None if x.shape[0] <= max_rows else f"measured {measured}"
 
 
 def modulated_linear_native(
