@@ -3,62 +3,285 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "cpu/dot.h"
+#include <chrono>
+
+#include "cpu/graph.h"
+#include "cpu/kernels.h"
 #include "cpu/modulated_linear.h"
+#include "cpu/paged_attention.h"
+#include "cpu/residual_film_rms_norm.h"
+#include "cpu/rope_kv_write.h"
+#include "cpu/sample.h"
 
 namespace py = pybind11;
+using namespace fssa;
+using namespace fssa::cpu;
 
 namespace {
 
-const void* address(uintptr_t value) { return reinterpret_cast<const void*>(value); }
+using Address = uintptr_t;
 
-fssa::DType dtype(int code) {
-  if (code < 0 || code > 1) throw py::value_error("dtype: expected 0 (fp32) or 1 (bf16)");
-  return static_cast<fssa::DType>(code);
+template <typename T>
+const T* in(Address value) {
+  return reinterpret_cast<const T*>(value);
 }
 
-void modulated_linear(uintptr_t y, uintptr_t x, int64_t x_stride, int x_dtype, uintptr_t weight,
-                      int64_t weight_stride, uintptr_t bias, uintptr_t lora_a,
-                      int64_t lora_a_user_stride, int64_t lora_a_stride, int lora_a_dtype,
-                      uintptr_t lora_b, int64_t lora_b_user_stride, int64_t lora_b_stride,
-                      int lora_b_dtype, uintptr_t rows, int64_t rows_stride, int rows_dtype,
-                      uintptr_t slots, int64_t num_tokens, int64_t in_features, int64_t rank,
-                      int64_t num_users, const std::vector<int64_t>& splits, int family,
-                      int epilogue, int num_threads) {
-  const fssa::DType activation = dtype(x_dtype);
-  fssa::cpu::ModulatedLinearArgs args;
-  args.y = reinterpret_cast<void*>(y);
-  args.x = {address(x), activation, x_stride, 0};
-  args.weight = {address(weight), activation, weight_stride, 0};
-  args.bias = {address(bias), activation, 0, 0};
-  args.lora_a = {address(lora_a), dtype(lora_a_dtype), lora_a_stride, lora_a_user_stride};
-  args.lora_b = {address(lora_b), dtype(lora_b_dtype), lora_b_stride, lora_b_user_stride};
-  args.rows = {address(rows), dtype(rows_dtype), rows_stride, 0};
-  args.slots = static_cast<const int32_t*>(address(slots));
-  args.num_tokens = num_tokens;
-  args.in_features = in_features;
-  args.rank = rank;
-  args.num_users = num_users;
-  args.splits = splits;
-  args.family = static_cast<fssa::cpu::Family>(family);
-  args.epilogue = static_cast<fssa::cpu::Epilogue>(epilogue);
-  args.num_threads = num_threads;
-  py::gil_scoped_release release;
-  fssa::cpu::modulated_linear(args);
+template <typename T>
+T* out(Address value) {
+  return reinterpret_cast<T*>(value);
+}
+
+DType dtype(int code) {
+  if (code < 0 || code > 1) throw py::value_error("dtype: expected 0 (fp32) or 1 (bf16)");
+  return static_cast<DType>(code);
+}
+
+// A number of rows, or (graph, dimension): whatever that dimension is at replay.
+struct Rows {
+  RowCount count;
+};
+
+// (address, dtype code, row stride, user stride)
+using Side = std::tuple<Address, int, int64_t, int64_t>;
+
+SideMatrix side(const Side& value) {
+  const auto& [address, code, stride, user_stride] = value;
+  return {in<void>(address), dtype(code), stride, user_stride};
+}
+
+// (address, token stride, head stride)
+using HeadsTuple = std::tuple<Address, int64_t, int64_t>;
+
+Heads heads(const HeadsTuple& value) {
+  return {in<void>(std::get<0>(value)), std::get<1>(value), std::get<2>(value)};
+}
+
+std::shared_ptr<Call> modulated_linear(const Rows& rows_count, Address y, int64_t y_stride,
+                                       int y_dtype, Address x, int64_t x_stride, int x_dtype,
+                                       Address weight, Address bias, const Side& lora_a,
+                                       const Side& lora_b, const Side& rows, Address slots,
+                                       Address halves, int64_t num_halves, Address low_rank,
+                                       int64_t num_splits, int64_t in_features, int64_t rank,
+                                       int64_t num_users, int family, int epilogue) {
+  auto call = std::make_shared<ModulatedLinearCall>();
+  call->count = rows_count.count;
+  call->y = out<void>(y);
+  call->y_stride = y_stride;
+  call->y_dtype = dtype(y_dtype);
+  call->x = in<void>(x);
+  call->x_stride = x_stride;
+  call->dtype = dtype(x_dtype);
+  call->weight = in<void>(weight);
+  call->bias = in<void>(bias);
+  call->lora_a = side(lora_a);
+  call->lora_b = side(lora_b);
+  call->rows = side(rows);
+  call->slots = in<int32_t>(slots);
+  call->halves = in<Half>(halves);
+  call->num_halves = num_halves;
+  call->low_rank = out<float>(low_rank);
+  call->num_splits = num_splits;
+  call->in_features = in_features;
+  call->rank = rank;
+  call->num_users = num_users;
+  call->family = static_cast<Family>(family);
+  call->epilogue = static_cast<Epilogue>(epilogue);
+  return call;
+}
+
+std::shared_ptr<Call> take_rows(const Rows& rows, Address y, Address table, int code, bool packed,
+                                int64_t row_stride, int64_t k, int64_t num_rows, Address index,
+                                float scale) {
+  auto call = std::make_shared<TakeRowsCall>();
+  call->count = rows.count;
+  call->y = out<void>(y);
+  call->table = in<void>(table);
+  call->dtype = dtype(code);
+  call->packed = packed;
+  call->row_stride = row_stride;
+  call->k = k;
+  call->num_rows = num_rows;
+  call->index = in<int32_t>(index);
+  call->scale = scale;
+  return call;
+}
+
+std::shared_ptr<Call> residual_film_rms_norm(const Rows& rows, Address normed, Address h, Address x,
+                                             int64_t x_stride, Address residual,
+                                             int64_t residual_stride, int code, Address weight,
+                                             int weight_dtype, Address film, int film_dtype,
+                                             int64_t film_stride, Address slots, int64_t num_users,
+                                             int64_t channels, float eps, float weight_offset) {
+  auto call = std::make_shared<NormCall>();
+  call->count = rows.count;
+  call->normed = out<void>(normed);
+  call->h = out<void>(h);
+  call->x = in<void>(x);
+  call->x_stride = x_stride;
+  call->residual = in<void>(residual);
+  call->residual_stride = residual_stride;
+  call->dtype = dtype(code);
+  call->weight = in<void>(weight);
+  call->weight_dtype = dtype(weight_dtype);
+  call->film = in<void>(film);
+  call->film_dtype = dtype(film_dtype);
+  call->film_stride = film_stride;
+  call->slots = in<int32_t>(slots);
+  call->num_users = num_users;
+  call->channels = channels;
+  call->eps = eps;
+  call->weight_offset = weight_offset;
+  return call;
+}
+
+std::shared_ptr<Call> rope_kv_write(const Rows& rows, Address rotated, const HeadsTuple& q,
+                                    const HeadsTuple& k, const HeadsTuple& v, Address k_cache,
+                                    Address v_cache, int code, Address cos_sin, Address positions,
+                                    Address kv_slots, int64_t num_heads, int64_t num_kv_heads,
+                                    int64_t head_dim, int64_t rotary_dim, int64_t num_positions,
+                                    int64_t num_kv_slots) {
+  auto call = std::make_shared<RopeCall>();
+  call->count = rows.count;
+  call->rotated = out<void>(rotated);
+  call->q = heads(q);
+  call->k = heads(k);
+  call->v = heads(v);
+  call->k_cache = out<void>(k_cache);
+  call->v_cache = out<void>(v_cache);
+  call->dtype = dtype(code);
+  call->cos_sin = in<float>(cos_sin);
+  call->positions = in<int32_t>(positions);
+  call->kv_slots = in<int32_t>(kv_slots);
+  call->num_heads = num_heads;
+  call->num_kv_heads = num_kv_heads;
+  call->head_dim = head_dim;
+  call->rotary_dim = rotary_dim;
+  call->num_positions = num_positions;
+  call->num_kv_slots = num_kv_slots;
+  return call;
+}
+
+std::shared_ptr<Call> paged_attention(const Rows& tokens, const Rows& sequences, Address result,
+                                      const HeadsTuple& q, Address k_cache, Address v_cache,
+                                      int code, Address block_tables, int64_t block_stride,
+                                      Address kv_lens, Address q_indptr, int64_t num_pages,
+                                      int64_t page_size, int64_t max_pages, int64_t num_heads,
+                                      int64_t num_kv_heads, int64_t head_dim, float scale,
+                                      int64_t window, Address scratch) {
+  auto call = std::make_shared<AttentionCall>();
+  call->num_tokens = tokens.count;
+  call->num_sequences = sequences.count;
+  call->out = out<void>(result);
+  call->q = in<void>(std::get<0>(q));
+  call->q_token_stride = std::get<1>(q);
+  call->q_head_stride = std::get<2>(q);
+  call->k_cache = in<void>(k_cache);
+  call->v_cache = in<void>(v_cache);
+  call->dtype = dtype(code);
+  call->block_tables = in<int32_t>(block_tables);
+  call->block_stride = block_stride;
+  call->kv_lens = in<int32_t>(kv_lens);
+  call->q_indptr = in<int32_t>(q_indptr);
+  call->num_pages = num_pages;
+  call->page_size = page_size;
+  call->max_pages = max_pages;
+  call->num_heads = num_heads;
+  call->num_kv_heads = num_kv_heads;
+  call->head_dim = head_dim;
+  call->scale = scale;
+  call->window = window;
+  call->scratch = out<float>(scratch);
+  return call;
+}
+
+std::shared_ptr<Call> sample(const Rows& rows, Address tokens, Address logprobs, Address logits,
+                             int64_t stride, int code, int64_t vocab_size, Address temperature,
+                             Address top_k, Address top_p, Address min_p, Address uniform,
+                             Address forced, Address stats) {
+  auto call = std::make_shared<SampleCall>();
+  call->count = rows.count;
+  call->tokens = out<int32_t>(tokens);
+  call->logprobs = out<float>(logprobs);
+  call->logits = in<void>(logits);
+  call->stride = stride;
+  call->dtype = dtype(code);
+  call->vocab_size = vocab_size;
+  call->temperature = in<float>(temperature);
+  call->top_k = in<int32_t>(top_k);
+  call->top_p = in<float>(top_p);
+  call->min_p = in<float>(min_p);
+  call->uniform = in<float>(uniform);
+  call->forced = in<int32_t>(forced);
+  call->stats = out<ChunkStats>(stats);
+  return call;
+}
+
+double stream_seconds(Address data, int64_t bytes, int num_threads) {
+  double sums[2] = {0.0, 0.0};
+  const auto start = std::chrono::steady_clock::now();
+  run_team(num_threads, [&](Team& team) {
+    const double total = kernels().stream(in<void>(data), bytes, team);
+    if (team.index() == 0) sums[0] = total;
+  });
+  const auto stop = std::chrono::steady_clock::now();
+  volatile double used = sums[0];
+  (void)used;
+  return std::chrono::duration<double>(stop - start).count();
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
+  using NoGil = py::call_guard<py::gil_scoped_release>;
   m.doc() = "Native kernels of fssa_kernels; call them through fssa_kernels only.";
-  m.def("instruction_set", &fssa::cpu::instruction_set,
-        "The instruction set the CPU kernels were chosen for: avx512, avx2 or portable.");
-  m.def("modulated_linear", &modulated_linear, py::arg("y"), py::arg("x"), py::arg("x_stride"),
-        py::arg("x_dtype"), py::arg("weight"), py::arg("weight_stride"), py::arg("bias"),
-        py::arg("lora_a"), py::arg("lora_a_user_stride"), py::arg("lora_a_stride"),
-        py::arg("lora_a_dtype"), py::arg("lora_b"), py::arg("lora_b_user_stride"),
-        py::arg("lora_b_stride"), py::arg("lora_b_dtype"), py::arg("rows"), py::arg("rows_stride"),
-        py::arg("rows_dtype"), py::arg("slots"), py::arg("num_tokens"), py::arg("in_features"),
-        py::arg("rank"), py::arg("num_users"), py::arg("splits"), py::arg("family"),
-        py::arg("epilogue"), py::arg("num_threads"));
+
+  m.def("instruction_set", [] { return std::string(kernels().name); },
+        "The instruction set in use.");
+  m.def("instruction_sets", &instruction_sets, "Those this build and this machine have, best first.");
+  m.def("set_instruction_set", &set_instruction_set, py::arg("name"));
+  m.def("stream_seconds", &stream_seconds, NoGil(), py::arg("data"), py::arg("bytes"),
+        py::arg("num_threads"), "Time to read that memory once.");
+  m.def("panel_bytes", [](int code, int64_t k) { return panel_bytes(dtype(code), k); });
+  m.def("attention_scratch", &AttentionCall::thread_scratch, py::arg("head_dim"));
+  m.attr("HALF_COLUMNS") = kHalfColumns;
+  m.attr("SAMPLE_CHUNK") = kSampleChunk;
+  m.def(
+      "pack_matrix",
+      [](Address to, Address matrix, int code, int64_t stride, int64_t k, Address halves,
+         int64_t num_halves, int num_threads) {
+        pack_matrix(out<void>(to), in<void>(matrix), dtype(code), stride, k, in<Half>(halves),
+                    num_halves, num_threads);
+      },
+      NoGil());
+  m.def(
+      "unpack_matrix",
+      [](Address to, Address packed, int code, int64_t stride, int64_t k, Address halves,
+         int64_t num_halves, int num_threads) {
+        unpack_matrix(out<void>(to), in<void>(packed), dtype(code), stride, k, in<Half>(halves),
+                      num_halves, num_threads);
+      },
+      NoGil());
+
+  py::class_<Rows>(m, "Rows")
+      .def(py::init([](int64_t count) { return Rows{{count, nullptr}}; }))
+      .def(py::init([](const Graph& graph, int64_t dim) { return Rows{{0, graph.dim(dim)}}; }));
+
+  py::class_<Call, std::shared_ptr<Call>>(m, "Call")
+      .def("run", [](const Call& call, int num_threads) { run_alone(call, num_threads); }, NoGil(),
+           py::arg("num_threads"));
+
+  py::class_<Graph>(m, "Graph")
+      .def(py::init<int64_t>(), py::arg("num_dims"))
+      .def("add", [](Graph& graph, std::shared_ptr<Call> call) { graph.add(call); })
+      .def("replay", &Graph::replay, NoGil(), py::arg("dims"), py::arg("num_threads"))
+      .def("profile", &Graph::profile, NoGil(), py::arg("dims"), py::arg("num_threads"),
+           py::arg("repeats"))
+      .def("__len__", &Graph::size);
+
+  m.def("modulated_linear", &modulated_linear);
+  m.def("take_rows", &take_rows);
+  m.def("residual_film_rms_norm", &residual_film_rms_norm);
+  m.def("rope_kv_write", &rope_kv_write);
+  m.def("paged_attention", &paged_attention);
+  m.def("sample", &sample);
 }

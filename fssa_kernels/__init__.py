@@ -6,17 +6,28 @@ package touches no GPU.
 """
 
 from fssa_kernels.dispatch import explain
+from fssa_kernels.graph import StepGraph
 from fssa_kernels.ops.expand_modulation.api import expand_modulation
 from fssa_kernels.ops.modulated_linear.api import modulated_linear
 from fssa_kernels.ops.paged_attention.api import paged_attention
 from fssa_kernels.ops.residual_film_rms_norm.api import residual_film_rms_norm
 from fssa_kernels.ops.rope_kv_write.api import rope_kv_write
+from fssa_kernels.ops.sample.api import sample
+from fssa_kernels.ops.take_rows.api import take_rows
+from fssa_kernels.packed import PackArena, PackedMatrix, pack_matrix, packed_bytes
 
 __all__ = [
+    "PackArena",
+    "PackedMatrix",
+    "StepGraph",
     "expand_modulation",
     "explain",
     "modulated_linear",
+    "pack_matrix",
+    "packed_bytes",
     "paged_attention",
     "residual_film_rms_norm",
     "rope_kv_write",
+    "sample",
+    "take_rows",
 ]

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fssa_kernels.native import CURRENT, RecordingError
+
 
 def never(*_inputs: Any) -> None:
     """The answer of a backend that has nothing to object to."""
@@ -21,13 +23,21 @@ class Backend:
 
     `run(*inputs)` computes. `cannot(*inputs)` returns the reason why it cannot serve these inputs,
     or None. `avoid(*inputs)` returns the measured reason why `auto` prefers a later backend, or
-    None; it is asked only where `cannot` returned None.
+    None; it is asked only where `cannot` returned None. `records` says that its calls can be
+    recorded into a `StepGraph`; while one is being recorded, the others cannot serve.
     """
 
     name: str
     run: Callable[..., Any]
     cannot: Callable[..., str | None] = never
     avoid: Callable[..., str | None] = never
+    records: bool = False
+
+    def objection(self, inputs: Sequence[Any]) -> str | None:
+        """Why it cannot serve these inputs now, or None."""
+        if CURRENT.recorder is not None and not self.records:
+            return "its calls cannot be recorded into a StepGraph"
+        return self.cannot(*inputs)
 
 
 @dataclass(frozen=True)
@@ -73,21 +83,23 @@ def select(op: str, backends: Sequence[Backend], backend: str, inputs: Sequence[
     With "auto" the first one that can and is not avoided; if every able one is avoided, the first
     able one. A name selects that backend.
 
-    Raises ValueError for an unknown name, and for a backend that cannot serve, with its reason.
+    Raises ValueError for an unknown name, and for a backend that cannot serve, with its reason;
+    while a StepGraph is being recorded, RecordingError where none can.
     """
     if backend == "auto":
         able = None
         for candidate in backends:
-            if candidate.cannot(*inputs) is None:
+            if candidate.objection(inputs) is None:
                 if candidate.avoid(*inputs) is None:
                     return candidate
                 able = able or candidate
         if able is not None:
             return able
-        reasons = "; ".join(f"{c.name}: {c.cannot(*inputs)}" for c in backends)
-        raise ValueError(f"{op}: no backend supports these inputs: {reasons}")
+        reasons = "; ".join(f"{c.name}: {c.objection(inputs)}" for c in backends)
+        error = ValueError if CURRENT.recorder is None else RecordingError
+        raise error(f"{op}: no backend supports these inputs: {reasons}")
     named = find(op, backends, backend)
-    reason = named.cannot(*inputs)
+    reason = named.objection(inputs)
     if reason is not None:
         raise ValueError(f"{op}: backend {backend!r} cannot serve this call: {reason}")
     return named
@@ -109,7 +121,7 @@ def judge(
 
     Raises ValueError for an unknown name.
     """
-    cannot = {candidate.name: candidate.cannot(*inputs) for candidate in backends}
+    cannot = {candidate.name: candidate.objection(inputs) for candidate in backends}
     named = None if backend == "auto" else find(op, backends, backend).name
     chosen = named
     if named is None and None in cannot.values():

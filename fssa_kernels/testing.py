@@ -22,6 +22,8 @@ OPS = (
     "rope_kv_write",
     "paged_attention",
     "expand_modulation",
+    "take_rows",
+    "sample",
 )
 
 # Inputs are scaled so that outputs are of order one. In low precision the reference rounds up to

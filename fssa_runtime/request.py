@@ -14,7 +14,9 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are chosen. ``temperature=0`` is greedy; ``top_k=0`` and ``top_p=1`` are off.
+    """How tokens are chosen; what the numbers do is written in `fssa_kernels.sample`.
+
+    ``temperature=0`` is greedy; ``top_k=0``, ``top_p=1`` and ``min_p=0`` are off.
 
     ``seed`` makes a sampled answer repeatable, whatever else is in the batch.
 
@@ -26,6 +28,7 @@ class SamplingParams:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -37,6 +40,8 @@ class SamplingParams:
             raise InputError(f"top_k must be >= 0 (0 is off), got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p must be in (0, 1], got {self.top_p}")
+        if not 0 <= self.min_p <= 1:
+            raise InputError(f"min_p must be in [0, 1], got {self.min_p}")
 
 
 GREEDY = SamplingParams()

@@ -49,8 +49,8 @@ class SteeredModel:
         modulator = conditioning.modulator
         self.table = ModulationTable(modulator.layout, max_users, device=decoder.device)
         nobody = torch.zeros(0, dtype=torch.int32, device=decoder.device)
-        self.modulation = modulator.bind(self.table.rows, nobody, dtype=decoder.dtype)
-        self.engine = Engine(decoder, model.stop_tokens, max_batch_size=max_batch_size)
+        modulation = modulator.bind(self.table.rows, nobody, dtype=decoder.dtype)
+        self.engine = Engine(decoder, model.stop_tokens, modulation, max_batch_size=max_batch_size)
 
     @classmethod
     def load(
@@ -96,7 +96,6 @@ class SteeredModel:
                 Request(self.model.chat_tokens(r.prompt), r.slot, r.sampling, r.forced_tokens)
                 for r in requests
             ],
-            self.modulation,
             on_token=on_token,
             on_finish=on_finish,
         )

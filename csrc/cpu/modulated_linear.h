@@ -1,46 +1,94 @@
-// y = x W^T + b + low-rank term chosen per row, on the CPU.
+// y = x W^T + b + low-rank term chosen per row, on packed weights.
+//
+// Weights lie in panels of 32 output columns, two halves of 16, so that a step of the inner loop
+// reads two whole registers: fp32 [panel][K][32], bf16 [panel][K/2][32][2] (an odd K is padded by a
+// zero). A half belongs to one projection; where projections are multiplied in the epilogue, the
+// two halves of a panel are the same columns of both.
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
-#include "../common/dtype.h"
+#include "call.h"
 
 namespace fssa::cpu {
 
 enum class Family : int { kNone = 0, kStatic = 1, kGated = 2, kCore = 3, kFactors = 4 };
 enum class Epilogue : int { kNone = 0, kSiluMul = 1, kGeluTanhMul = 2 };
 
-// A matrix whose last dimension is contiguous; strides count elements.
-struct Matrix {
-  const void* data = nullptr;
-  DType dtype = DType::kFloat32;
-  int64_t stride = 0;       // from row to row
-  int64_t user_stride = 0;  // from user to user: factors only
+constexpr int kHalfColumns = 16;
+constexpr int kPanelColumns = 2 * kHalfColumns;
+
+// Sixteen output columns: rows row .. row + valid of the stacked matrix.
+struct Half {
+  int32_t row;
+  int32_t column;  // of y
+  int32_t valid;   // 0 for a half that only fills its panel
+  int32_t split;   // the projection they belong to
 };
 
-struct ModulatedLinearArgs {
-  void* y = nullptr;  // [T,N], or [T,N/2] with an epilogue; contiguous, of x's dtype
-  Matrix x;           // [T,K]
-  Matrix weight;      // [N,K]
-  Matrix bias;        // [N], or no data
-  Matrix lora_a;      // [S*R,K], factors [U,S*R,K]
-  Matrix lora_b;      // [N,R], factors [U,N,R]
-  Matrix rows;        // [U,S*R] or [U,S,R,R], a user's part contiguous
-  const int32_t* slots = nullptr;  // [T]
-  int64_t num_tokens = 0;
+inline int64_t panel_bytes(DType dtype, int64_t k) {
+  return dtype == DType::kFloat32 ? k * kPanelColumns * 4 : (k + 1) / 2 * kPanelColumns * 4;
+}
+
+// Lays a row-major matrix [N, K] out in panels at `out`.
+void pack_matrix(void* out, const void* matrix, DType dtype, int64_t row_stride, int64_t k,
+                 const Half* halves, int64_t num_halves, int num_threads);
+
+// The reverse, into a row-major matrix.
+void unpack_matrix(void* matrix, const void* packed, DType dtype, int64_t row_stride, int64_t k,
+                   const Half* halves, int64_t num_halves, int num_threads);
+
+// Rows `index` of the matrix that was packed in one projection: y_t = scale * W[index_t].
+struct TakeRowsCall final : Call {
+  void* y = nullptr;  // [T,K] contiguous, of the matrix's dtype
+  const void* table = nullptr;
+  DType dtype = DType::kFloat32;
+  bool packed = false;
+  int64_t row_stride = 0;  // of a table that is not packed
+  int64_t k = 0;
+  int64_t num_rows = 0;  // of the table
+  const int32_t* index = nullptr;
+  float scale = 1.0f;
+  RowCount count;
+
+  void check() const override;
+  void run(Team& team) const override;
+};
+
+struct SideMatrix {
+  const void* data = nullptr;
+  DType dtype = DType::kFloat32;
+  int64_t stride = 0;       // from row to row, elements
+  int64_t user_stride = 0;  // from user to user, elements: factors only
+};
+
+struct ModulatedLinearCall final : Call {
+  void* y = nullptr;
+  int64_t y_stride = 0;
+  DType y_dtype = DType::kFloat32;
+  const void* x = nullptr;
+  int64_t x_stride = 0;
+  DType dtype = DType::kFloat32;  // of x, weight and bias
+  const void* weight = nullptr;   // packed
+  const void* bias = nullptr;     // [N] or null
+  SideMatrix lora_a;              // [S*R,K] row-major; factors [U,S*R,K]
+  SideMatrix lora_b;              // packed like the weight with K = R; factors [U,N,R] row-major
+  SideMatrix rows;                // [U,S*R] or [U,S,R,R], a user's part contiguous
+  const int32_t* slots = nullptr;
+  const Half* halves = nullptr;
+  float* low_rank = nullptr;  // [T, S*R] scratch
+  int64_t num_halves = 0;     // even
+  int64_t num_splits = 0;
   int64_t in_features = 0;
   int64_t rank = 0;
   int64_t num_users = 0;
-  std::vector<int64_t> splits;  // sizes of the stacked projections, sum N
   Family family = Family::kNone;
   Epilogue epilogue = Epilogue::kNone;
-  int num_threads = 1;
-};
+  RowCount count;
 
-// Accumulates in fp32 and rounds to y's dtype once, after the epilogue. Row t of y depends on row t
-// of x, on slots[t] and on the parameters only, to the bit, whatever the number of tokens or
-// threads. Throws std::invalid_argument for a slot outside [0, num_users), before writing.
-void modulated_linear(const ModulatedLinearArgs& args);
+  int64_t width() const { return num_splits * rank; }
+  void check() const override;
+  void run(Team& team) const override;
+};
 
 }  // namespace fssa::cpu

@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
+
+from fssa_kernels import PackedMatrix, pack_matrix
 
 LinearFamily = Literal["static", "gated", "core", "factors"]
 
 
 @dataclass(frozen=True)
 class LinearModulation:
-    """The low-rank term of one (stacked) linear; arguments of ``fssa_kernels.modulated_linear``."""
+    """The low-rank term of one linear that stacks projections of sizes ``splits``.
+
+    The rest are arguments of ``fssa_kernels.modulated_linear``.
+    """
 
     family: LinearFamily
+    splits: tuple[int, ...]
     lora_a: torch.Tensor
-    lora_b: torch.Tensor
+    lora_b: torch.Tensor | PackedMatrix
     rows: torch.Tensor | None
+
+    def pack(self, *, paired: bool) -> LinearModulation:
+        """The same with B laid out for the native kernels, where B is not a user's own."""
+        if self.family == "factors" or isinstance(self.lora_b, PackedMatrix):
+            return self
+        packed = pack_matrix(self.lora_b, splits=self.splits, paired=paired)
+        return replace(self, lora_b=packed)
 
 
 @dataclass(frozen=True)
@@ -37,3 +50,15 @@ class Modulation:
     def with_slots(self, slots: torch.Tensor) -> Modulation:
         """The same modulation for other tokens."""
         return Modulation(self.linears, self.films, slots)
+
+    def pack(self) -> Modulation:
+        """The same for a decoder whose weights are packed (`Decoder.pack`)."""
+        linears = [
+            {
+                # The activation multiplies gate and up, and nothing else is multiplied.
+                group: term.pack(paired=group == "gate_up")
+                for group, term in terms.items()
+            }
+            for terms in self.linears
+        ]
+        return Modulation(linears, self.films, self.slots)

@@ -112,20 +112,17 @@ class Modulator(nn.Module):
                 films[site.layer] = self.layout.piece(site, table)
             elif site.family == "factors":
                 lora_a, lora_b = self.layout.factors(site, table)
-                linears[site.layer][site.group] = LinearModulation("factors", lora_a, lora_b, None)
+                linears[site.layer][site.group] = LinearModulation(
+                    "factors", site.splits, lora_a, lora_b, None
+                )
             else:
                 lora_a, lora_b = self.stacked(site)
                 if dtype is not None:
                     lora_a, lora_b = (t.detach().to(table.device, dtype) for t in (lora_a, lora_b))
-                if site.family == "static":
-                    term = LinearModulation("static", lora_a, lora_b, None)
-                elif site.family == "gated":
-                    rows = self.layout.piece(site, table)
-                    term = LinearModulation("gated", lora_a, lora_b, rows)
-                else:
-                    rows = self.layout.piece(site, table)
-                    term = LinearModulation("core", lora_a, lora_b, rows)
-                linears[site.layer][site.group] = term
+                rows = None if site.family == "static" else self.layout.piece(site, table)
+                linears[site.layer][site.group] = LinearModulation(
+                    site.family, site.splits, lora_a, lora_b, rows
+                )
         return Modulation(linears, films, slots)
 
 

@@ -1,12 +1,14 @@
 """Continuous batching: many requests, each of its own user, one step of the model at a time.
 
-``schedule`` admits waiting requests while rows and pages last; ``_run`` computes every running
-request's new tokens (a whole prompt, or one token) in one pass of the model; ``_publish`` chooses
-the next tokens and retires what is finished. Prompts and single tokens share a step.
+``_schedule`` admits waiting requests while rows and pages last; ``_step`` gives every running
+request its next tokens to compute (a piece of its prompt, or one token) and runs them together;
+``_publish`` keeps the chosen tokens and retires what is finished. Prompts and single tokens share
+a step.
 """
 
 from __future__ import annotations
 
+import random
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,11 +17,10 @@ import torch
 
 from ..conditioning.modulation import Modulation
 from ..errors import InputError
-from ..models.attention import PagedAttention
 from ..models.decoder import Decoder
 from ..request import Completion, FinishReason, Request
 from .kv_cache import KVCache
-from .sampler import choose
+from .runner import Row, Runner
 
 
 @dataclass
@@ -29,24 +30,49 @@ class _Running:
     index: int
     request: Request
     pages: list[int]
-    generator: torch.Generator | None
+    draws: random.Random
     num_computed: int = 0
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
 
-    def pending(self) -> list[int]:
-        """Tokens not computed yet: the prompt at first, then the last token chosen."""
-        return list(self.request.prompt_tokens) if self.num_computed == 0 else self.tokens[-1:]
+    @property
+    def in_prompt(self) -> bool:
+        return self.num_computed < len(self.request.prompt_tokens)
+
+    def row(self, budget: int) -> Row:
+        """What it computes next: at most ``budget`` tokens of its prompt, or the newest one."""
+        request = self.request
+        tokens = self.tokens[-1:]
+        if self.in_prompt:
+            tokens = list(request.prompt_tokens[self.num_computed : self.num_computed + budget])
+        forced, uniform = -1, 0.0
+        ends = self.num_computed + len(tokens) >= len(request.prompt_tokens)
+        if ends and request.forced_tokens is not None:
+            forced = request.forced_tokens[len(self.tokens)]
+        elif ends and request.sampling.temperature > 0:
+            uniform = self.draws.random()
+        return Row(
+            tokens,
+            self.num_computed,
+            self.pages,
+            request.slot,
+            request.sampling,
+            # In float32 a number just below 1 would become 1, which no sum passes.
+            min(uniform, 1 - 2**-24),
+            forced,
+        )
 
 
 class Engine:
     """Runs requests on a decoder.
 
     Args:
-        decoder: the frozen model.
+        decoder: the frozen model; its weights are packed for the native kernels where it can be
+            (`Decoder.pack`), after which it has no gradients.
         stop_tokens: tokens that end an answer.
+        modulation: what the slots of requests refer to; None if all are 0.
         max_batch_size: requests in flight at most.
-        max_batch_tokens: tokens of one step at most; a longer prompt runs in a step of its own.
+        max_batch_tokens: tokens of one step at most; longer prompts are computed in pieces.
         max_kv_tokens: tokens the key-value cache holds.
         page_size: tokens of a page, P.
     """
@@ -55,25 +81,41 @@ class Engine:
         self,
         decoder: Decoder,
         stop_tokens: frozenset[int],
+        modulation: Modulation | None = None,
         *,
         max_batch_size: int = 32,
-        max_batch_tokens: int = 2048,
+        max_batch_tokens: int = 512,
         max_kv_tokens: int = 16384,
         page_size: int = 16,
     ) -> None:
+        if max_batch_tokens < max_batch_size:
+            raise ValueError(
+                f"max_batch_tokens: expected at least max_batch_size = {max_batch_size}, "
+                f"got {max_batch_tokens}"
+            )
         self.decoder = decoder
         self.stop_tokens = stop_tokens
+        self.modulation = modulation
         self.max_batch_size = max_batch_size
         self.max_batch_tokens = max_batch_tokens
         self.cache = KVCache(
             decoder.config, -(-max_kv_tokens // page_size), page_size, decoder.dtype, decoder.device
+        )
+        if decoder.can_pack:
+            decoder.pack()
+            modulation = None if modulation is None else modulation.pack()
+        self.runner = Runner(
+            decoder,
+            self.cache,
+            modulation,
+            max_tokens=max_batch_tokens,
+            max_sequences=max_batch_size,
         )
 
     @torch.inference_mode()
     def generate(
         self,
         requests: Sequence[Request],
-        modulation: Modulation | None = None,
         *,
         on_token: Callable[[int, int], None] | None = None,
         on_finish: Callable[[int, Completion], None] | None = None,
@@ -87,18 +129,17 @@ class Engine:
             InputError: a request that can never run, found before any has.
         """
         for index, request in enumerate(requests):
-            self._check(index, request, modulation)
+            self._check(index, request)
         waiting = deque(enumerate(requests))
         running: list[_Running] = []
         done: dict[int, Completion] = {}
         try:
             while waiting or running:
                 self._schedule(waiting, running)
-                logits = self._run(running, modulation)
-                for state, row in zip(list(running), logits, strict=True):
-                    completion = self._publish(state, row)
+                for state, token, logprob in self._step(running):
+                    completion = self._publish(state, token, logprob)
                     if on_token is not None:
-                        on_token(state.index, state.tokens[-1])
+                        on_token(state.index, token)
                     if completion is not None:
                         running.remove(state)
                         self.cache.free(state.pages)
@@ -110,17 +151,20 @@ class Engine:
                 self.cache.free(state.pages)
         return [done[index] for index in range(len(requests))]
 
-    def _check(self, index: int, request: Request, modulation: Modulation | None) -> None:
+    def _check(self, index: int, request: Request) -> None:
         where = f"request {index}"
         if not request.prompt_tokens:
             raise InputError(f"{where}: the prompt is empty")
         vocab_size = self.decoder.config.vocab_size
         if not all(0 <= token < vocab_size for token in request.prompt_tokens):
             raise InputError(f"{where}: prompt tokens must be in 0..{vocab_size - 1}")
-        if request.forced_tokens is not None and not request.forced_tokens:
-            raise InputError(f"{where}: forced_tokens must be None or hold at least one token")
-        if request.slot and modulation is None:
-            raise InputError(f"{where}: slot {request.slot} but no modulation was given")
+        if request.forced_tokens is not None:
+            if not request.forced_tokens:
+                raise InputError(f"{where}: forced_tokens must be None or hold at least one token")
+            if not all(0 <= token < vocab_size for token in request.forced_tokens):
+                raise InputError(f"{where}: forced tokens must be in 0..{vocab_size - 1}")
+        if request.slot and self.modulation is None:
+            raise InputError(f"{where}: slot {request.slot} but the engine has no modulation")
         total = len(request.prompt_tokens) + self._max_new(request)
         if total > self.decoder.config.max_positions:
             raise InputError(
@@ -140,74 +184,37 @@ class Engine:
         return request.sampling.max_tokens
 
     def _schedule(self, waiting: deque[tuple[int, Request]], running: list[_Running]) -> None:
-        """Admit in order of arrival while there are rows, step tokens and pages."""
-        budget = self.max_batch_tokens - len(running)
+        """Admit in order of arrival while there are rows and pages."""
         while waiting and len(running) < self.max_batch_size:
             index, request = waiting[0]
-            fits = len(request.prompt_tokens) <= budget
-            if not fits and running:
-                return
             pages = self.cache.allocate(len(request.prompt_tokens) + self._max_new(request))
             if pages is None:
                 return
             waiting.popleft()
-            generator = None
-            if request.sampling.temperature > 0:
-                generator = torch.Generator()
-                seed = request.sampling.seed
-                generator.manual_seed(seed) if seed is not None else generator.seed()
-            running.append(_Running(index, request, pages, generator))
-            budget -= len(request.prompt_tokens)
-            if budget <= 0:
-                return
+            running.append(_Running(index, request, pages, random.Random(request.sampling.seed)))
 
-    def _run(self, running: list[_Running], modulation: Modulation | None) -> torch.Tensor:
-        """Logits ``[len(running), V]`` (float32, host) of every running request's next token."""
-        device, page_size = self.decoder.device, self.cache.page_size
-        tokens: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        kv_slots: list[int] = []
-        kv_lens: list[int] = []
-        q_indptr = [0]
+    def _step(self, running: Sequence[_Running]) -> list[tuple[_Running, int, float]]:
+        """Compute one step; (request, token, log-probability) where a token was chosen."""
+        # Every request in flight gets a token first; what is left goes to prompts in order.
+        budget = self.max_batch_tokens - len(running)
+        rows = []
         for state in running:
-            pending = state.pending()
-            span = range(state.num_computed, state.num_computed + len(pending))
-            tokens += pending
-            positions += span
-            slots += [state.request.slot] * len(pending)
-            kv_slots += [state.pages[p // page_size] * page_size + p % page_size for p in span]
-            state.num_computed = span.stop
-            kv_lens.append(span.stop)
-            q_indptr.append(len(tokens))
-        width = max(len(state.pages) for state in running)
-        tables = [state.pages + [0] * (width - len(state.pages)) for state in running]
+            row = state.row(1 + budget)
+            budget -= len(row.tokens) - 1
+            rows.append(row)
+        tokens, logprobs = self.runner.run(rows)
+        chosen = []
+        for state, row, token, logprob in zip(running, rows, tokens, logprobs, strict=True):
+            state.num_computed += len(row.tokens)
+            if not state.in_prompt:
+                chosen.append((state, token, logprob))
+        return chosen
 
-        def ints(values: list[int] | list[list[int]]) -> torch.Tensor:
-            return torch.tensor(values, dtype=torch.int32, device=device)
-
-        attention = PagedAttention(
-            self.cache.k,
-            self.cache.v,
-            ints(kv_slots),
-            ints(tables),
-            ints(kv_lens),
-            ints(q_indptr),
-        )
-        step = None if modulation is None else modulation.with_slots(ints(slots))
-        hidden = self.decoder(ints(tokens), ints(positions), attention, step)
-        last = torch.tensor(q_indptr[1:], device=device) - 1
-        return self.decoder.logits(hidden[last]).float().cpu()
-
-    def _publish(self, state: _Running, logits: torch.Tensor) -> Completion | None:
+    def _publish(self, state: _Running, token: int, logprob: float) -> Completion | None:
         """Add a token to ``state``; its completion if that was the last."""
         request = state.request
-        if request.forced_tokens is not None:
-            token = request.forced_tokens[len(state.tokens)]
-        else:
-            token = choose(logits, request.sampling, state.generator)
         state.tokens.append(token)
-        state.logprobs.append(float(logits[token] - logits.logsumexp(-1)))
+        state.logprobs.append(logprob)
         reason: FinishReason
         if request.forced_tokens is None and token in self.stop_tokens:
             reason = "stop"

@@ -1,16 +1,25 @@
 """One decoder for every architecture of the registry, written on the project's ops.
 
 ``embed -> [norm -> qkv -> attention -> o -> norm -> gate,up -> down] x L -> norm -> logits``.
-Each residual addition, FiLM of the block's output and the norm that follows are one op.
+Each residual addition, FiLM of the block's output and the norm that follows are one op. Weights are
+tensors (training, any device) or packed for the native CPU kernels (serving, `Decoder.pack`).
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from fssa_kernels import modulated_linear, residual_film_rms_norm
+from fssa_kernels import (
+    PackArena,
+    PackedMatrix,
+    modulated_linear,
+    pack_matrix,
+    packed_bytes,
+    residual_film_rms_norm,
+    take_rows,
+)
+from fssa_kernels.native import DTYPE_CODES, NATIVE
 
 from ..conditioning.modulation import LinearModulation, Modulation
 from .attention import Attention
@@ -24,6 +33,10 @@ def _frozen(*shape: int, dtype: torch.dtype, device: torch.device | str) -> nn.P
 class DecoderLayer(nn.Module):
     """Weights of one layer, stacked where projections share their input."""
 
+    qkv_weight: nn.Parameter | PackedMatrix
+    o_weight: nn.Parameter | PackedMatrix
+    gate_up_weight: nn.Parameter | PackedMatrix
+    down_weight: nn.Parameter | PackedMatrix
     qkv_bias: nn.Parameter | None
     o_bias: nn.Parameter | None
     gate_up_bias: nn.Parameter | None
@@ -85,6 +98,16 @@ class DecoderLayer(nn.Module):
         )
         return self._linear("down", hidden, modulation)
 
+    def linears(self) -> list[tuple[str, tuple[int, ...] | None, bool]]:
+        """Name, splits, and whether the epilogue pairs them, of every weight of a linear."""
+        config = self.config
+        return [
+            ("qkv_weight", config.qkv_splits, False),
+            ("o_weight", None, False),
+            ("gate_up_weight", config.gate_up_splits, True),
+            ("down_weight", None, False),
+        ]
+
     def _head_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         flat = x.reshape(-1, self.config.head_dim)
         normed, _ = residual_film_rms_norm(flat, None, weight, eps=self.config.norm_eps)
@@ -128,6 +151,8 @@ class Decoder(nn.Module):
     """
 
     cos_sin: torch.Tensor
+    embedding: nn.Parameter | PackedMatrix
+    lm_head: nn.Parameter | PackedMatrix
 
     def __init__(
         self,
@@ -137,6 +162,8 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        # Rounded to the working dtype, as the published models were trained.
+        self.embedding_scale = float(torch.tensor(config.embedding_scale, dtype=dtype))
         self.embedding = _frozen(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
         self.layers = nn.ModuleList(
             DecoderLayer(config, i, dtype, device) for i in range(config.num_layers)
@@ -170,11 +197,7 @@ class Decoder(nn.Module):
         modulation: Modulation | None = None,
     ) -> torch.Tensor:
         """Final normed hidden states ``[T,C]`` of ``tokens [T]`` at ``positions [T]`` (int32)."""
-        config = self.config
-        x = F.embedding(tokens, self.embedding)
-        if config.embedding_scale != 1.0:
-            # Rounded to the working dtype first, as the published models were trained.
-            x = x * torch.tensor(config.embedding_scale, dtype=x.dtype, device=x.device)
+        x = take_rows(self.embedding, tokens, scale=self.embedding_scale)
         blocks = self.blocks
         next_norms = [*(layer.input_norm for layer in blocks[1:]), self.final_norm]
         normed, residual = self._norm(x, None, blocks[0].input_norm, None, None)
@@ -189,7 +212,39 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """``[T,C] -> [T,V]`` in the working dtype."""
-        return F.linear(hidden, self.lm_head)
+        return modulated_linear(hidden, self.lm_head)
+
+    @property
+    def can_pack(self) -> bool:
+        """Whether there are native kernels for where the model lies and its dtype."""
+        return NATIVE is not None and self.device.type == "cpu" and self.dtype in DTYPE_CODES
+
+    def pack(self) -> None:
+        """Lay the weights of all linears out for the native kernels, in place of the tensors.
+
+        The decoder computes the same without a gradient, from weights that take as much memory. A
+        decoder that is packed already stays as it is.
+        """
+        if isinstance(self.lm_head, PackedMatrix):
+            return
+        linears = [(layer, *linear) for layer in self.blocks for linear in layer.linears()]
+        arena = PackArena(
+            sum(
+                packed_bytes(getattr(layer, name).shape, self.dtype, splits=splits, paired=paired)
+                for layer, name, splits, paired in linears
+            )
+            + packed_bytes(self.lm_head.shape, self.dtype)
+        )
+        for layer, name, splits, paired in linears:
+            weight = getattr(layer, name)
+            delattr(layer, name)
+            setattr(layer, name, pack_matrix(weight, splits=splits, paired=paired, arena=arena))
+        head, tied = self.lm_head, self.embedding is self.lm_head
+        del self.lm_head
+        self.lm_head = pack_matrix(head, arena=arena)
+        if tied:
+            del self.embedding
+            self.embedding = self.lm_head
 
     def _norm(
         self,

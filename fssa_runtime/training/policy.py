@@ -3,9 +3,12 @@
     z = encoder(context choices)            row = modulator(z)
     r(y) = β ( log π(ỹ | x, z) − log π_ref(ỹ | x) )
     loss = − mean log σ( r(chosen) − r(rejected) )      over targets not among the context
+           + λ · mean( −log π(chosen | x, z) / tokens of chosen )
 
-The base is frozen; log π_ref and the options' embeddings are computed once and kept beside the
-run. Source: arXiv 2412.13998, NP-DPO.
+The second term (λ = ``nll_weight``) holds the policy to text somebody chose: differences alone
+are also won by pushing both answers' likelihoods down, which ends in "1. 1. 1.". The base is
+frozen; log π_ref and the options' embeddings are computed once and kept beside the run. Sources:
+arXiv 2412.13998, NP-DPO; arXiv 2404.19733 for the second term.
 """
 
 from __future__ import annotations
@@ -80,6 +83,7 @@ class PolicyConfig(BaseModel):
     freeze_encoder: bool = False
     modulator: ModulatorConfig
     beta: float = Field(default=0.05, gt=0)
+    nll_weight: float = Field(default=0.0, ge=0)
     strength: float = Field(default=1.0, gt=0, le=1)
     train: TrainSettings
     evaluation: PolicyEvaluation = PolicyEvaluation()
@@ -114,12 +118,15 @@ class PolicyObjective(nn.Module):
         modulator: Modulator,
         decoder: Decoder,
         options: Options,
+        *,
         beta: float,
+        nll_weight: float = 0.0,
     ) -> None:
         super().__init__()
         self.encoder = encoder
         self.modulator = modulator
         self.beta = beta
+        self.nll_weight = nll_weight
         self._base = (decoder, options)
 
     def forward(
@@ -134,11 +141,25 @@ class PolicyObjective(nn.Module):
         chosen, rejected = policy.chunk(2)
         reference_chosen, reference_rejected = reference.chunk(2)
         loss = dpo_loss(chosen, rejected, reference_chosen, reference_rejected, beta=self.beta)
+        nll = -(chosen / self._chosen_lengths(target_rows, target_mask)).mean()
+        loss = loss + self.nll_weight * nll
         with torch.no_grad():
             margin = implicit_reward(chosen, reference_chosen, beta=self.beta)
             margin = margin - implicit_reward(rejected, reference_rejected, beta=self.beta)
             accuracy = (margin > 0).float().mean()
-        return {"loss": loss, "accuracy": accuracy, "margin": margin.mean()}
+        return {
+            "loss": loss,
+            "accuracy": accuracy,
+            "margin": margin.mean(),
+            "nll_per_token": nll.detach(),
+        }
+
+    def _chosen_lengths(self, target_rows: torch.Tensor, target_mask: torch.Tensor) -> torch.Tensor:
+        """Tokens of every real target's chosen answer ``[M]``."""
+        decoder, options = self._base
+        chosen = options.chosen[target_rows.cpu()[target_mask.cpu()]]
+        lengths = [len(options.tokens[i][1]) for i in chosen.tolist()]
+        return torch.tensor(lengths, device=decoder.device)
 
     def logprobs(
         self,
@@ -268,7 +289,14 @@ def train_policy(config: PolicyConfig, model: LanguageModel) -> PolicyResult:
         _scale_latents(encoder, options, tasks)
     encoder.requires_grad_(not config.freeze_encoder)
     modulator = Modulator(config.modulator, model.decoder.config)
-    objective = PolicyObjective(encoder, modulator, model.decoder, options, config.beta)
+    objective = PolicyObjective(
+        encoder,
+        modulator,
+        model.decoder,
+        options,
+        beta=config.beta,
+        nll_weight=config.nll_weight,
+    )
     outcome = fit(objective, tasks, config.train, collate=collate_rows)
     modulator.weaken(config.strength)
     conditioning = Conditioning(

@@ -1,10 +1,9 @@
 import pytest
 import torch
 
-from fssa_kernels import explain, modulated_linear, paged_attention
+from fssa_kernels import explain, modulated_linear, native, paged_attention
 from fssa_kernels.dispatch import Backend, judge, select
 from fssa_kernels.native import NATIVE
-from fssa_kernels.ops.modulated_linear import native_impl
 from fssa_kernels.testing import OPS, cases
 
 
@@ -100,11 +99,11 @@ def test_explain_agrees_with_what_runs():
 
 
 def test_a_missing_native_module_is_a_reason_not_a_silence(monkeypatch):
-    monkeypatch.setattr(native_impl, "NATIVE", None)
-    monkeypatch.setattr(native_impl, "MISSING", "it was not built")
+    monkeypatch.setattr(native, "NATIVE", None)
+    monkeypatch.setattr(native, "MISSING", "it was not built")
     inputs = inputs_of("gated", torch.float32)
-    native, reference = explain(modulated_linear, **inputs)
-    assert native.reason == "cannot: it was not built"
+    verdict, reference = explain(modulated_linear, **inputs)
+    assert verdict.reason == "cannot: it was not built"
     assert reference.chosen
     assert modulated_linear(**inputs).isfinite().all()
     with pytest.raises(ValueError, match="'native' cannot serve this call: it was not built"):
@@ -117,8 +116,10 @@ def test_explain_checks_like_the_op():
         explain(modulated_linear, torch.zeros(3), torch.zeros(3, 3))
     with pytest.raises(ValueError, match="op: expected one of expand_modulation"):
         explain("matmul")
-    with pytest.raises(ValueError, match="backend: expected one of auto, reference, got 'native'"):
-        explain(paged_attention, **inputs, backend="native")
+    with pytest.raises(
+        ValueError, match="backend: expected one of auto, native, reference, got 'gpu'"
+    ):
+        explain(paged_attention, **inputs, backend="gpu")
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fssa_kernels import explain, modulated_linear
+from fssa_kernels import explain, modulated_linear, pack_matrix
 from fssa_kernels.native import MISSING, NATIVE
 from fssa_kernels.ops.modulated_linear.cases import _Sizes
 from fssa_kernels.testing import cases
@@ -164,7 +164,6 @@ def test_a_slot_out_of_range_is_an_error(bad):
     ("change", "reason"),
     [
         (lambda i: {"x": i["x"].t().contiguous().t()}, "last dimension of x is not contiguous"),
-        (lambda i: {"weight": i["weight"].t().contiguous().t()}, "last dimension of weight"),
         (lambda i: {"rows": i["rows"].mT.contiguous().mT}, "last dimension of rows"),
         (lambda i: {"rows": F.pad(i["rows"], (0, 1))[..., :-1]}, "slot's part of rows is not"),
         (lambda i: {n: i[n].double() for n in ("x", "weight", "lora_a", "lora_b")}, "float64"),
@@ -181,23 +180,67 @@ def test_what_it_cannot_serve_is_refused_when_named_and_served_otherwise(change,
     torch.testing.assert_close(modulated_linear(**changed).double(), expected, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "threads", "family", "rows"),
-    [
-        (torch.float32, 1, "gated", 4),
-        (torch.float32, 2, "none", 12),
-        (torch.bfloat16, 1, "core", 1),
-        (torch.bfloat16, 2, "gated", 4),
-        (torch.bfloat16, 2, "none", 1),
-    ],
-    ids=str,
-)
-def test_auto_takes_it_where_it_was_measured_faster(dtype, threads, family, rows):
-    torch.set_num_threads(threads)
-    few, many = (make(dtype, family=family, num_tokens=n) for n in (rows, rows + 1))
-    assert explain(modulated_linear, **few)[0].chosen
-    verdict = explain(modulated_linear, **many)[0]
-    assert not verdict.chosen
+def packed(inputs):
+    """The same call on packed weights."""
+    options = dict(splits=inputs.get("splits"), paired=inputs.get("epilogue", "none") != "none")
+    changed = {**inputs, "weight": pack_matrix(inputs["weight"], **options)}
+    if inputs.get("lora_b") is not None and inputs["family"] != "factors":
+        changed["lora_b"] = pack_matrix(inputs["lora_b"], **options)
+    return changed
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_packed_weights_are_chosen_by_auto_and_change_nothing(case, dtype):
+    inputs = case.inputs(dtype)
+    changed = packed(inputs)
+    assert torch.equal(modulated_linear(**changed), native(inputs))
+    assert explain(modulated_linear, **changed)[0].chosen
+    # The reference reads them too: it is what they mean.
+    reference = modulated_linear(**inputs, backend="reference")
+    assert torch.equal(modulated_linear(**changed, backend="reference"), reference)
+
+
+def test_auto_does_not_pack_for_one_call():
+    verdict = explain(modulated_linear, **make(torch.float32, family="gated"))[0]
     assert verdict.can
-    assert "auto prefers another: measured 0." in verdict.reason
-    assert torch.equal(modulated_linear(**few), native(few))
+    assert not verdict.chosen
+    assert "not packed" in verdict.reason
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("splits", [(1,), (16,), (33,), (17, 5, 40), (16, 16)], ids=str)
+@pytest.mark.parametrize("width", [1, 2, 7, 64])
+def test_packing_is_undone_to_the_bit(dtype, splits, width):
+    matrix = torch.randn(sum(splits), width + 3).to(dtype)[:, 1 : 1 + width]
+    matrix[0, 0] = float("nan")
+    for paired in {False, len(splits) == 2 and splits[0] == splits[1]}:
+        again = pack_matrix(matrix, splits=splits, paired=paired).unpack()
+        assert torch.equal(again.view(torch.uint8), matrix.contiguous().view(torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(splits=[17, 10]), "weight was packed for splits"),
+        (dict(x=torch.zeros(5, 38)), r"weight: expected shape \(26, 38\), got packed shape"),
+        (dict(x=torch.zeros(5, 37).bfloat16()), "weight: expected dtype torch.bfloat16, got pack"),
+    ],
+)
+def test_packed_weights_that_do_not_fit_are_refused(change, message):
+    inputs = packed(make(torch.float32, family="gated", splits=(17, 9)))
+    if "splits" in change:
+        inputs["lora_b"] = inputs["lora_b"].unpack()
+        inputs["weight"] = pack_matrix(torch.zeros(27, 37), splits=[10, 17])
+        inputs["lora_b"] = torch.zeros(27, 3)
+    with pytest.raises((ValueError, TypeError), match=message):
+        native({**inputs, **change})
+
+
+def test_packed_weights_have_no_gradient_and_say_so():
+    inputs = packed(make(torch.float32, family="gated"))
+    inputs["x"].requires_grad_()
+    with pytest.raises(RuntimeError, match="expected a tensor where a gradient"):
+        modulated_linear(**inputs)
+    with torch.no_grad():
+        assert modulated_linear(**inputs).isfinite().all()

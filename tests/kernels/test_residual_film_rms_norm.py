@@ -139,7 +139,7 @@ BAD = {
     ),
     "eps": (dict(eps=-1.0), ValueError, "eps: expected a number >= 0, got -1.0"),
     "eps NaN": (dict(eps=float("nan")), ValueError, "eps: expected a number >= 0, got nan"),
-    "backend": (dict(backend="native"), ValueError, "backend: expected one of auto, reference"),
+    "backend": (dict(backend="gpu"), ValueError, "backend: expected one of auto, native"),
 }
 
 

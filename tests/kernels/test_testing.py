@@ -10,7 +10,13 @@ from fssa_kernels.testing import OPS, cases
 def test_names_are_unique_and_an_empty_and_a_one_row_case_exist(op):
     names = [case.name for case in cases(op)]
     assert len(set(names)) == len(names)
-    first = {"expand_modulation": "z", "paged_attention": "q", "rope_kv_write": "q"}.get(op, "x")
+    first = {
+        "expand_modulation": "z",
+        "paged_attention": "q",
+        "rope_kv_write": "q",
+        "take_rows": "index",
+        "sample": "logits",
+    }.get(op, "x")
     rows = [len(case.inputs(torch.float32)[first]) for case in cases(op)]
     assert 0 in rows
     assert 1 in rows or op == "paged_attention"  # there a request of one row counts

@@ -97,7 +97,8 @@ def test_a_new_modulator_changes_nothing(family: str, model: LanguageModel) -> N
 
 
 @pytest.mark.parametrize("family", ["gated-some", "core", "film", "static"])
-def test_gradients_reach_every_parameter(family: str, model: LanguageModel) -> None:
+def test_gradients_reach_every_parameter(family: str, tmp_path: Path) -> None:
+    model = small_model(tmp_path / "model")  # one that no engine has packed
     conditioning = random_conditioning(model, family)
     modulator = conditioning.modulator.train()
     z = torch.randn(2, 5, requires_grad=True)

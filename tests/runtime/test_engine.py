@@ -7,7 +7,6 @@ import torch
 
 from fssa_runtime.engine.engine import Engine
 from fssa_runtime.engine.kv_cache import KVCache
-from fssa_runtime.engine.sampler import choose
 from fssa_runtime.errors import InputError
 from fssa_runtime.models.language_model import LanguageModel
 from fssa_runtime.request import Completion, Request, SamplingParams
@@ -47,7 +46,7 @@ def same(ours: Completion, theirs: Completion) -> bool:
     [
         {},
         {"max_batch_size": 1},
-        {"max_batch_tokens": 24},
+        {"max_batch_tokens": 5},
         {"max_kv_tokens": 64},
         {"page_size": 1},
         {"page_size": 64},
@@ -127,6 +126,7 @@ def test_an_interrupted_call_frees_its_pages(model: LanguageModel) -> None:
         (Request([1] * 250, sampling=SamplingParams(max_tokens=20)), "cache"),
         (Request([1], slot=1), "no modulation"),
         (Request([1], forced_tokens=[]), "forced_tokens"),
+        (Request([1], forced_tokens=[10**6]), "forced tokens"),
     ],
 )
 def test_requests_that_can_never_run(model: LanguageModel, request_: Request, message: str) -> None:
@@ -143,6 +143,8 @@ def test_requests_that_can_never_run(model: LanguageModel, request_: Request, me
         {"top_k": -1},
         {"top_p": 0.0},
         {"top_p": 1.5},
+        {"min_p": -0.1},
+        {"min_p": 1.1},
     ],
 )
 def test_bad_sampling_parameters(bad: dict) -> None:
@@ -150,26 +152,13 @@ def test_bad_sampling_parameters(bad: dict) -> None:
         SamplingParams(**bad)
 
 
-def test_sampling_frequencies() -> None:
-    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
-    generator = torch.Generator().manual_seed(0)
-
-    def frequencies(params: SamplingParams) -> torch.Tensor:
-        drawn = [choose(logits, params, generator) for _ in range(4000)]
-        return torch.bincount(torch.tensor(drawn), minlength=4) / 4000
-
-    plain = frequencies(SamplingParams(temperature=1.0))
-    assert (plain - logits.softmax(-1)).abs().max() < 0.03
-    cold = frequencies(SamplingParams(temperature=0.5))
-    assert (cold - (2 * logits).softmax(-1)).abs().max() < 0.03
-    two = frequencies(SamplingParams(temperature=1.0, top_k=2))
-    assert (two[:2] - logits[:2].softmax(-1)).abs().max() < 0.03
-    assert two[2:].sum() == 0
-    # 0.64 and 0.24 of the mass: the second is needed to reach 0.7, the third is not.
-    nucleus = frequencies(SamplingParams(temperature=1.0, top_p=0.7))
-    assert nucleus[2:].sum() == 0
-    assert nucleus[1] > 0.2
-    assert choose(logits, SamplingParams(), None) == 0
+def test_a_step_is_replayed_from_a_recording(model: LanguageModel) -> None:
+    recorded = engine(model)
+    assert recorded.runner.eager_reason is None
+    expected = recorded.generate(mixed_requests())
+    eager = engine(model)
+    eager.runner._graph = None
+    assert all(same(a, b) for a, b in zip(eager.generate(mixed_requests()), expected, strict=True))
 
 
 def test_page_accounting(model: LanguageModel) -> None:

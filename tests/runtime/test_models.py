@@ -31,7 +31,7 @@ def test_logits_equal_transformers(name: str, tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model", name)
     model, reference = LanguageModel.load(str(folder)), reference_model(folder)
     torch.manual_seed(1)
-    sequences = [torch.randint(0, 256, (length,)) for length in (1, 37, 90)]
+    sequences = [torch.randint(0, 256, (length,), dtype=torch.int32) for length in (1, 37, 90)]
     ours = packed_logits(model, sequences)
     with torch.no_grad():
         theirs = torch.cat([reference(s[None]).logits[0] for s in sequences])

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fssa_kernels.checks import (
     INDEX_DTYPES,
+    bad_type,
     bad_value,
     check_float,
     check_rank,
@@ -21,6 +22,7 @@ from fssa_kernels.ops.modulated_linear.native_impl import (
     modulated_linear_native,
 )
 from fssa_kernels.ops.modulated_linear.reference import apply_epilogue, modulated_linear_ref
+from fssa_kernels.packed import PackedMatrix
 from fssa_kernels.registration import Op, needs_grad
 
 _NAME = "modulated_linear"
@@ -30,10 +32,10 @@ EPILOGUES = ("none", "silu_mul", "gelu_tanh_mul")
 
 def modulated_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | PackedMatrix,
     bias: Tensor | None = None,
     lora_a: Tensor | None = None,
-    lora_b: Tensor | None = None,
+    lora_b: Tensor | PackedMatrix | None = None,
     rows: Tensor | None = None,
     slots: Tensor | None = None,
     *,
@@ -60,6 +62,8 @@ def modulated_linear(
         x: [T,K] fp32, bf16, fp16 or fp64; rows may be strided.
         weight: [N,K], x.dtype. bias: [N], x.dtype, or None.
         lora_a: [S*R,K] (factors: [U,S*R,K]), lora_b: [N,R] (factors: [U,N,R]); x.dtype or fp32.
+            On a CPU weight and lora_b (not that of factors) may be what `pack_matrix` made of
+            them: that is what the native kernel reads; then there are no gradients.
         rows: gated [U,S*R], core [U,S,R,R]; x.dtype or fp32; may be a strided view of a table.
         slots: [T] int32 in [0, U); needed by gated, core and factors. none and static do not
             depend on the user and take it without reading it.
@@ -95,6 +99,14 @@ def modulated_linear(
         epilogue=epilogue,
         backend=backend,
     )
+    if isinstance(weight, PackedMatrix) or isinstance(lora_b, PackedMatrix):
+        tensors = (x, bias, lora_a, rows)
+        if torch.compiler.is_compiling() or needs_grad(*tensors):
+            raise RuntimeError(
+                f"{_NAME}: weight: expected a tensor where a gradient or a compiled graph is "
+                "wanted, got a packed matrix"
+            )
+        return _OP.compute(*inputs, chosen_epilogue, chosen_backend)
     if chosen_epilogue != "none" and needs_grad(x, weight, bias, lora_a, lora_b, rows):
         return apply_epilogue(_OP(*inputs, "none", chosen_backend), chosen_epilogue)
     return _OP(*inputs, chosen_epilogue, chosen_backend)
@@ -102,10 +114,10 @@ def modulated_linear(
 
 def _prepare(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | PackedMatrix,
     bias: Tensor | None = None,
     lora_a: Tensor | None = None,
-    lora_b: Tensor | None = None,
+    lora_b: Tensor | PackedMatrix | None = None,
     rows: Tensor | None = None,
     slots: Tensor | None = None,
     *,
@@ -117,11 +129,12 @@ def _prepare(
     """The operator's positional arguments, checked."""
     check_rank(_NAME, "x", x, "[T, K]", 2)
     check_float(_NAME, "x", x)
-    check_rank(_NAME, "weight", weight, "[N, K]", 2)
     dtype, device = x.dtype, x.device
     num_tokens, in_features = x.shape
+    if not isinstance(weight, PackedMatrix):
+        check_rank(_NAME, "weight", weight, "[N, K]", 2)
     out_features = weight.shape[0]
-    check_tensor(_NAME, "weight", weight, (out_features, in_features), (dtype,), device)
+    _check_matrix("weight", weight, (out_features, in_features), (dtype,), device)
     if bias is not None:
         check_tensor(_NAME, "bias", bias, (out_features,), (dtype,), device)
     sizes = [out_features] if splits is None else list(splits)
@@ -142,7 +155,8 @@ def _prepare(
     factor_rank = 3 if family == "factors" else 2
     layouts = ("[U, S*R, K]", "[U, N, R]") if factor_rank == 3 else ("[S*R, K]", "[N, R]")
     check_rank(_NAME, "lora_a", lora_a, layouts[0], factor_rank)
-    check_rank(_NAME, "lora_b", lora_b, layouts[1], factor_rank)
+    if factor_rank == 3 or not isinstance(lora_b, PackedMatrix):
+        check_rank(_NAME, "lora_b", lora_b, layouts[1], factor_rank)
     assert lora_a is not None
     assert lora_b is not None
     if lora_b.shape[-1] == 0:
@@ -153,7 +167,7 @@ def _prepare(
     check_tensor(
         _NAME, "lora_a", lora_a, (*users, num_splits * rank, in_features), side_dtypes, device
     )
-    check_tensor(_NAME, "lora_b", lora_b, (*users, out_features, rank), side_dtypes, device)
+    _check_matrix("lora_b", lora_b, (*users, out_features, rank), side_dtypes, device)
     if family in ("static", "factors"):
         if rows is not None:
             bad_value(_NAME, "rows", f"None for family {family!r}", "a tensor")
@@ -168,6 +182,26 @@ def _prepare(
     else:
         check_tensor(_NAME, "slots", slots, (num_tokens,), INDEX_DTYPES, device)
     return x, weight, bias, lora_a, lora_b, rows, slots, family, sizes, epilogue, backend
+
+
+def _check_matrix(
+    name: str,
+    value: Tensor | PackedMatrix,
+    shape: tuple[int, ...],
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device,
+) -> None:
+    """`check_tensor` for what may be packed: a packed matrix has shape, dtype and device too."""
+    if not isinstance(value, PackedMatrix):
+        check_tensor(_NAME, name, value, shape, dtypes, device)
+        return
+    if value.shape != shape:
+        bad_value(_NAME, name, f"shape {shape}", f"packed shape {value.shape}")
+    if value.dtype not in dtypes:
+        expected = " or ".join(str(dtype) for dtype in dtypes)
+        bad_type(_NAME, name, f"dtype {expected}", f"packed {value.dtype}")
+    if value.device != device:
+        bad_value(_NAME, name, f"device {device}", f"packed on {value.device}")
 
 
 def _fake(
@@ -193,7 +227,7 @@ _OP = Op(
     "Tensor? slots, str family, SymInt[] splits, str epilogue, str backend) -> Tensor",
     prepare=_prepare,
     backends=(
-        Backend("native", modulated_linear_native, cannot_native, avoid_native),
+        Backend("native", modulated_linear_native, cannot_native, avoid_native, records=True),
         Backend("reference", modulated_linear_ref),
     ),
     fake=_fake,

@@ -1,37 +1,32 @@
-"""The modulated linear on the CPU in C++ (csrc/cpu/modulated_linear.cpp): support and packing."""
+"""The modulated linear on the CPU in C++ (csrc/cpu/modulated_linear.h): support and calls."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from fssa_kernels.native import DTYPE_CODES, MISSING, NATIVE
+from fssa_kernels.native import (
+    DTYPE_CODES,
+    NATIVE,
+    address,
+    empty,
+    launch,
+    rows_of,
+    unsupported,
+)
+from fssa_kernels.packed import PackedMatrix, pack_matrix
 
 # Family and Epilogue in csrc/cpu/modulated_linear.h.
 _FAMILY_CODES = {"none": 0, "static": 1, "gated": 2, "core": 3, "factors": 4}
 _EPILOGUE_CODES = {"none": 0, "silu_mul": 1, "gelu_tanh_mul": 2}
 
-# Where the kernel stops being faster, by dtype and by whether torch may use several threads, and
-# what it measured beyond: time of the reference divided by time of the kernel. Weights from memory,
-# R = 8, K 576 and 1536, N 576 to 49152 (a 135M model's linears), AVX-512 with bf16 dot products,
-# torch 2.13, one thread and two. At the limit itself: fp32 1.01-1.35 (4 rows, one thread) and
-# 1.17-1.53 (12 rows, two); bf16 0.95-1.72 (1 row, one thread) and 0.97-1.57 (3 and 4 rows, two).
-# Without a low-rank term torch runs one product and nothing else: bf16 0.98-1.39 at 1 row on two.
-_SLOWER = {
-    (torch.float32, False): (4, "0.81 to 1.10 of the reference's speed at 8 rows, one thread"),
-    (torch.float32, True): (12, "0.76 to 1.18 of the reference's speed at 24 rows, two threads"),
-    (torch.bfloat16, False): (1, "0.70 to 1.47 of the reference's speed at 2 rows, one thread"),
-    (torch.bfloat16, True): (4, "0.57 to 0.97 of the reference's speed at 12 rows, two threads"),
-}
-_SLOWER_PLAIN_BFLOAT16 = (1, "0.68 to 0.97 of the reference's speed at 2 rows, two threads")
-
 
 def cannot_native(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | PackedMatrix,
     bias: Tensor | None,
     lora_a: Tensor | None,
-    lora_b: Tensor | None,
+    lora_b: Tensor | PackedMatrix | None,
     rows: Tensor | None,
     slots: Tensor | None,
     family: str,
@@ -39,40 +34,33 @@ def cannot_native(
     epilogue: str,
 ) -> str | None:
     """Why the native kernel is unable to serve these inputs, or None."""
-    if NATIVE is None:
-        return MISSING
-    if x.device.type != "cpu":
-        return f"x is on {x.device}, the kernel runs on the CPU"
-    for name, tensor in (("x", x), ("lora_a", lora_a), ("lora_b", lora_b), ("rows", rows)):
-        if tensor is not None and tensor.dtype not in DTYPE_CODES:
-            return f"{name} is {tensor.dtype}, the kernel takes float32 and bfloat16"
-    for name, tensor in (
-        ("x", x),
-        ("weight", weight),
-        ("bias", bias),
-        ("lora_a", lora_a),
-        ("lora_b", lora_b),
-        ("rows", rows),
-        ("slots", slots),
-    ):
-        if tensor is not None and tensor.stride(-1) != 1 and not _is_trivial(tensor):
-            return f"the last dimension of {name} is not contiguous (strides {tensor.stride()})"
+    plain = {"x": x, "bias": bias, "lora_a": lora_a, "rows": rows, "slots": slots}
+    reason = unsupported(**plain)
+    if reason is not None:
+        return reason
     if family == "core" and rows is not None and not rows[:1].is_contiguous():
         return f"one slot's part of rows is not contiguous (strides {rows.stride()})"
+    for name, matrix in (("weight", weight), ("lora_b", lora_b)):
+        if isinstance(matrix, PackedMatrix):
+            if matrix.splits != tuple(splits) or matrix.paired != (epilogue != "none"):
+                return (
+                    f"{name} was packed for splits {matrix.splits} and epilogue "
+                    f"{'some' if matrix.paired else 'none'}, not {tuple(splits)} and {epilogue!r}"
+                )
+        elif matrix is not None and matrix.dtype not in DTYPE_CODES:
+            return f"{name} is {matrix.dtype}, the kernel takes float32 and bfloat16"
+    # Packing takes any strides; the factors of users are read where they lie.
+    if family == "factors" and isinstance(lora_b, Tensor):
+        return unsupported(lora_b=lora_b)
     return None
-
-
-def _is_trivial(tensor: Tensor) -> bool:
-    """Whether the stride of the last dimension is never used: one element there, or none at all."""
-    return tensor.shape[-1] == 1 or tensor.numel() == 0
 
 
 def avoid_native(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | PackedMatrix,
     bias: Tensor | None,
     lora_a: Tensor | None,
-    lora_b: Tensor | None,
+    lora_b: Tensor | PackedMatrix | None,
     rows: Tensor | None,
     slots: Tensor | None,
     family: str,
@@ -80,18 +68,17 @@ def avoid_native(
     epilogue: str,
 ) -> str | None:
     """Why `auto` prefers the reference on inputs the native kernel could serve, or None."""
-    max_rows, measured = _SLOWER[x.dtype, torch.get_num_threads() > 1]
-    if family == "none" and x.dtype == torch.bfloat16:
-        max_rows, measured = _SLOWER_PLAIN_BFLOAT16
-    return None if x.shape[0] <= max_rows else f"measured {measured}"
+    if isinstance(weight, PackedMatrix):
+        return None
+    return "weight is not packed, and packing it for one call reads it twice and writes it once"
 
 
 def modulated_linear_native(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | PackedMatrix,
     bias: Tensor | None,
     lora_a: Tensor | None,
-    lora_b: Tensor | None,
+    lora_b: Tensor | PackedMatrix | None,
     rows: Tensor | None,
     slots: Tensor | None,
     family: str,
@@ -101,42 +88,74 @@ def modulated_linear_native(
     """The public function on inputs that `cannot_native` accepts; ValueError for a bad slot."""
     assert NATIVE is not None
     num_tokens, in_features = x.shape
-    num_columns = weight.shape[0] if epilogue == "none" else weight.shape[0] // 2
-    y = torch.empty(num_tokens, num_columns, dtype=x.dtype)
-    num_users = 0
-    if rows is not None:
-        num_users = rows.shape[0]
-    elif family == "factors" and lora_a is not None:
-        num_users = lora_a.shape[0]
-    NATIVE.modulated_linear(
+    packed = _packed(weight, splits, epilogue)
+    num_columns = packed.shape[0] if epilogue == "none" else packed.shape[0] // 2
+    y = empty(x, (num_tokens, num_columns), x.dtype)
+    rank = num_users = 0
+    low_rank: Tensor | None = None
+    expand: Tensor | PackedMatrix | None = None
+    if lora_a is not None and lora_b is not None:
+        if family == "factors":
+            assert isinstance(lora_b, Tensor)
+            expand, rank = lora_b, lora_b.shape[-1]
+            num_users = lora_a.shape[0]
+        else:
+            expand = _packed(lora_b, splits, epilogue)
+            rank = expand.shape[1]
+            num_users = 0 if rows is None else rows.shape[0]
+        low_rank = empty(x, (num_tokens, len(splits) * rank), torch.float32)
+    call = NATIVE.modulated_linear(
+        rows_of(x),
         y.data_ptr(),
+        num_columns,
+        DTYPE_CODES[y.dtype],
         x.data_ptr(),
         x.stride(0),
         DTYPE_CODES[x.dtype],
-        weight.data_ptr(),
-        weight.stride(0),
-        bias.data_ptr() if bias is not None else 0,
-        *_matrix(lora_a),
-        *_matrix(lora_b),
-        rows.data_ptr() if rows is not None else 0,
-        rows.stride(0) if rows is not None else 0,
-        DTYPE_CODES[rows.dtype] if rows is not None else 0,
-        slots.data_ptr() if slots is not None else 0,
-        num_tokens,
+        packed.data.data_ptr(),
+        address(bias),
+        _side(lora_a),
+        _side(expand),
+        _side(rows),
+        address(slots),
+        packed.halves.data_ptr(),
+        len(packed.halves),
+        address(low_rank),
+        len(splits),
         in_features,
-        lora_b.shape[-1] if lora_b is not None else 0,
+        rank,
         num_users,
-        splits,
         _FAMILY_CODES[family],
         _EPILOGUE_CODES[epilogue],
-        torch.get_num_threads(),
+    )
+    kept = expand.data if isinstance(expand, PackedMatrix) else expand
+    launch(
+        "modulated_linear",
+        call,
+        x,
+        packed.data,
+        packed.halves,
+        bias,
+        lora_a,
+        kept,
+        rows,
+        slots,
     )
     return y
 
 
-def _matrix(tensor: Tensor | None) -> tuple[int, int, int, int]:
-    """Address, stride from user to user (0 where users share it), row stride, dtype code."""
-    if tensor is None:
+def _packed(matrix: Tensor | PackedMatrix, splits: Sequence[int], epilogue: str) -> PackedMatrix:
+    if isinstance(matrix, PackedMatrix):
+        return matrix
+    return pack_matrix(matrix, splits=splits, paired=epilogue != "none")
+
+
+def _side(matrix: Tensor | PackedMatrix | None) -> tuple[int, int, int, int]:
+    """Address, dtype code, stride from row to row, stride from user to user."""
+    if matrix is None:
         return 0, 0, 0, 0
-    user_stride = tensor.stride(0) if tensor.dim() == 3 else 0
-    return tensor.data_ptr(), user_stride, tensor.stride(-2), DTYPE_CODES[tensor.dtype]
+    if isinstance(matrix, PackedMatrix):
+        return matrix.data.data_ptr(), DTYPE_CODES[matrix.dtype], 0, 0
+    if matrix.dim() == 3:
+        return matrix.data_ptr(), DTYPE_CODES[matrix.dtype], matrix.stride(1), matrix.stride(0)
+    return matrix.data_ptr(), DTYPE_CODES[matrix.dtype], matrix.stride(0), 0

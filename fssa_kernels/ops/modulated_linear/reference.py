@@ -7,14 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fssa_kernels.checks import pick
+from fssa_kernels.packed import PackedMatrix, unpacked
 
 
 def modulated_linear_ref(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | PackedMatrix,
     bias: Tensor | None,
     lora_a: Tensor | None,
-    lora_b: Tensor | None,
+    lora_b: Tensor | PackedMatrix | None,
     rows: Tensor | None,
     slots: Tensor | None,
     family: str,
@@ -27,8 +28,9 @@ def modulated_linear_ref(
     sum is rounded to x.dtype once more. Where the modulation is zero, so is the term: the base
     product comes through unchanged.
     """
-    y = F.linear(x, weight, bias)
+    y = F.linear(x, unpacked(weight), bias)
     if lora_a is not None and lora_b is not None:
+        lora_b = unpacked(lora_b)
         if family == "factors":
             assert slots is not None
             _add_factors(y, x, lora_a, lora_b, slots, splits)

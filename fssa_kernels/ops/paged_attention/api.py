@@ -13,6 +13,7 @@ from fssa_kernels.checks import (
     check_tensor,
 )
 from fssa_kernels.dispatch import Backend
+from fssa_kernels.ops.paged_attention.native_impl import cannot_native, paged_attention_native
 from fssa_kernels.ops.paged_attention.reference import (
     paged_attention_bwd_ref,
     paged_attention_ref,
@@ -54,7 +55,7 @@ def paged_attention(
         kv_lens: [B] int32, this step's tokens included; 0 is allowed.
         q_indptr: [B+1] int32, from 0, not falling; requests without queries are allowed.
         scale: factor on q . k. window: positions a query sees, itself included; 0 for all.
-        backend: "auto" or "reference".
+        backend: "auto", "native" or "reference".
 
     Returns [T,H,D] in q.dtype; zero for rows of q that belong to no request. Softmax and sums in
     fp32 (fp64 for fp64 q). A request's result does not depend on the others, nor on whatever the
@@ -165,7 +166,10 @@ _OP = Op(
     _NAME,
     f"({_INPUTS}) -> Tensor",
     prepare=_prepare,
-    backends=(Backend("reference", paged_attention_ref),),
+    backends=(
+        Backend("native", paged_attention_native, cannot_native, records=True),
+        Backend("reference", paged_attention_ref),
+    ),
     fake=_fake,
     save=_save,
     backward=_backward,

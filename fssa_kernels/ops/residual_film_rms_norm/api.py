@@ -17,6 +17,10 @@ from fssa_kernels.ops.residual_film_rms_norm.gradient import (
     residual_film_rms_norm_bwd,
     save_for_bwd,
 )
+from fssa_kernels.ops.residual_film_rms_norm.native_impl import (
+    cannot_native,
+    residual_film_rms_norm_native,
+)
 from fssa_kernels.ops.residual_film_rms_norm.reference import residual_film_rms_norm_ref
 from fssa_kernels.registration import Op
 
@@ -45,7 +49,7 @@ def residual_film_rms_norm(
         rows: [U,2,C] (gamma, beta), x.dtype or fp32, possibly a strided view of a table; None
             for no FiLM. slots: [T] int32 in [0, U), needed with rows, not read without.
         eps: added to the mean square, >= 0.
-        backend: "auto" or "reference".
+        backend: "auto", "native" or "reference".
 
     Returns (normed, h), both [T,C] in x.dtype, both fresh. Computed in fp32 (fp64 for fp64 x); h
     is rounded to x.dtype before the norm is taken from it. Differentiable in x, residual, weight
@@ -119,7 +123,10 @@ _OP = Op(
     "(Tensor x, Tensor? residual, Tensor weight, Tensor? rows, Tensor? slots, float eps, "
     "float weight_offset, str backend) -> (Tensor, Tensor)",
     prepare=_prepare,
-    backends=(Backend("reference", residual_film_rms_norm_ref),),
+    backends=(
+        Backend("native", residual_film_rms_norm_native, cannot_native, records=True),
+        Backend("reference", residual_film_rms_norm_ref),
+    ),
     fake=_fake,
     save=save_for_bwd,
     backward=residual_film_rms_norm_bwd,

@@ -13,6 +13,7 @@ from fssa_kernels.checks import (
     check_tensor,
 )
 from fssa_kernels.dispatch import Backend
+from fssa_kernels.ops.rope_kv_write.native_impl import cannot_native, rope_kv_write_native
 from fssa_kernels.ops.rope_kv_write.reference import rope_kv_write_ref
 from fssa_kernels.registration import Op, needs_grad
 
@@ -43,7 +44,7 @@ def rope_kv_write(
         k_cache, v_cache: [num_pages,P,Hkv,D], q.dtype; written in place.
         kv_slots: [T] int32, page * P + offset, -1 for a token that is not stored. Slots of one
             call must differ.
-        backend: "auto" or "reference".
+        backend: "auto", "native" or "reference".
 
     Returns the rotated q [T,H,D], fresh. A row's result does not depend on the other rows.
     Inference only: raises RuntimeError where a gradient would be recorded (training rotates with
@@ -120,7 +121,10 @@ _OP = Op(
     "(Tensor q, Tensor k, Tensor v, Tensor positions, Tensor cos_sin, Tensor(a!) k_cache, "
     "Tensor(b!) v_cache, Tensor kv_slots, str backend) -> Tensor",
     prepare=_prepare,
-    backends=(Backend("reference", rope_kv_write_ref),),
+    backends=(
+        Backend("native", rope_kv_write_native, cannot_native, records=True),
+        Backend("reference", rope_kv_write_ref),
+    ),
     fake=_fake,
     mutates=("k_cache", "v_cache"),
 )

@@ -1,0 +1,177 @@
+"""Worker: llama.cpp, the BF16 base model, no adapter.
+
+One ``llama_decode`` call a step carries one token of each of the B sequences, as its server and its
+``llama-batched-bench`` do; that tool is not used because it decodes random tokens and picks none.
+Only the steps are timed: the prompts of all rows are read, and their first tokens picked, before
+the clock starts. A new batch size makes a new context, outside the clock.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.peers import worker
+from benchmarks.peers.to_gguf import convert
+
+
+class LlamaCpp:
+    """The model and one context, made anew when a request does not fit the last one."""
+
+    name = "llama_cpp"
+
+    def __init__(self, model: Path, work: Path, threads: int, options: Any) -> None:
+        import llama_cpp
+        from llama_cpp import llama_cpp as api
+
+        self.api, self.threads, self.options = api, threads, options
+        self.version = llama_cpp.__version__
+        work.mkdir(parents=True, exist_ok=True)
+        path = work / f"{model.name}.bf16.gguf"
+        if not path.exists():
+            convert(model, path)
+        api.llama_backend_init()
+        parameters = api.llama_model_default_params()
+        parameters.n_gpu_layers = 0
+        parameters.use_mmap = options.mmap == "on"
+        self.model = api.llama_model_load_from_file(str(path).encode(), parameters)
+        if not self.model:
+            raise RuntimeError(f"llama.cpp cannot load {path}")
+        self.vocab_size = api.llama_vocab_n_tokens(api.llama_model_get_vocab(self.model))
+        self.context: Any = None
+        self.batch, self.capacity = 0, 0
+        self.settings = {
+            "threads": threads,
+            "weights": "bf16",
+            "flash_attention": options.flash_attention,
+            "build": api.llama_print_system_info().decode().strip(),
+        }
+
+    def decode(self, batch: int, prompt: list[int], new_tokens: int) -> worker.Decoded:
+        self._empty(batch, len(prompt) + new_tokens)
+        picked = self._read(prompt)
+        rows = [picked]
+        step = Step(self.api, batch)
+        begin = time.perf_counter()
+        for position in range(len(prompt), len(prompt) + new_tokens):
+            step.tokens[:] = picked
+            step.positions[:] = position
+            self._run(step)
+            picked = self._pick(batch)
+            rows.append(picked)
+        seconds = time.perf_counter() - begin
+        first = np.stack(rows[: worker.NUM_FIRST_TOKENS], axis=1).tolist()
+        return worker.Decoded(seconds, batch * new_tokens, first)
+
+    def prefill(self, prompt: list[int]) -> worker.Prefilled:
+        self._empty(1, len(prompt))
+        begin = time.perf_counter()
+        self._read(prompt)
+        return worker.Prefilled(time.perf_counter() - begin, len(prompt))
+
+    def _read(self, prompt: list[int]) -> Any:
+        """Read the prompt into every sequence of the context; the token each continues with."""
+        batch, length = self.batch, len(prompt)
+        step = Step(self.api, batch * length)
+        step.tokens[:] = np.tile(np.asarray(prompt, np.int32), batch)
+        step.positions[:] = np.tile(np.arange(length, dtype=np.int32), batch)
+        step.sequences[:] = np.repeat(np.arange(batch, dtype=np.int32), length)
+        step.wanted[:] = 0
+        step.wanted[length - 1 :: length] = 1
+        self._run(step)
+        return self._pick(batch)
+
+    def _run(self, step: Step) -> None:
+        status = self.api.llama_decode(self.context, step.batch)
+        if status != 0:
+            raise RuntimeError(f"llama_decode returned {status}")
+
+    def _pick(self, rows: int) -> Any:
+        """The greedy token of each row, an int32 array."""
+        if self.options.sampler == "backend":
+            get = self.api.llama_get_sampled_token_ith
+            return np.array([get(self.context, i - rows) for i in range(rows)], np.int32)
+        address = ctypes.cast(self.api.llama_get_logits(self.context), ctypes.c_void_p).value
+        memory = (ctypes.c_float * (rows * self.vocab_size)).from_address(address)
+        logits = np.frombuffer(memory, np.float32).reshape(rows, self.vocab_size)
+        return logits.argmax(axis=1).astype(np.int32)
+
+    def _empty(self, batch: int, length: int) -> None:
+        """Have a context of ``batch`` empty sequences of ``length`` tokens each."""
+        api = self.api
+        if batch != self.batch or length > self.capacity:
+            if self.context is not None:
+                api.llama_free(self.context)
+            self.batch, self.capacity = batch, -(-length // 256) * 256
+            parameters = api.llama_context_default_params()
+            parameters.n_ctx = batch * self.capacity
+            parameters.n_batch = max(2048, batch * self.capacity)
+            parameters.n_ubatch = 512
+            parameters.n_seq_max = batch
+            parameters.n_threads = parameters.n_threads_batch = self.threads
+            parameters.kv_unified = self.options.unified == "on"
+            parameters.no_perf = True
+            parameters.type_k = parameters.type_v = {"f32": 0, "f16": 1, "bf16": 30}[
+                self.options.kv
+            ]
+            parameters.flash_attn_type = int(self.options.flash_attention == "on")
+            self.context = api.llama_init_from_model(self.model, parameters)
+            if not self.context:
+                self.context, self.batch, self.capacity = None, 0, 0
+                raise RuntimeError(f"no context for {batch} sequences of {length} tokens")
+            if self.options.sampler == "backend":
+                for seq in range(batch):
+                    chain = api.llama_sampler_chain_init(api.llama_sampler_chain_default_params())
+                    api.llama_sampler_chain_add(chain, api.llama_sampler_init_greedy())
+                    assert api.llama_set_sampler(self.context, seq, chain)
+        api.llama_memory_clear(api.llama_get_memory(self.context), True)
+
+
+class Step:
+    """A ``llama_batch`` over arrays of ours: token i goes to ``sequences[i]``, by default its own.
+
+    tokens, positions, sequences: int32 ``[T]``. wanted: int8 ``[T]``, 1 where logits are wanted.
+    """
+
+    def __init__(self, api: Any, size: int) -> None:
+        self.tokens = np.zeros(size, np.int32)
+        self.positions = np.zeros(size, np.int32)
+        self.sequences = np.arange(size, dtype=np.int32)
+        self.wanted = np.ones(size, np.int8)
+        self._counts = np.ones(size, np.int32)
+        pointer = ctypes.POINTER(ctypes.c_int32)
+        first, width = self.sequences.ctypes.data, self.sequences.itemsize
+        self._rows = (pointer * size)(
+            *(ctypes.cast(first + i * width, pointer) for i in range(size))
+        )
+        self.batch = api.llama_batch(
+            n_tokens=size,
+            token=self.tokens.ctypes.data_as(pointer),
+            embd=None,
+            pos=self.positions.ctypes.data_as(pointer),
+            n_seq_id=self._counts.ctypes.data_as(pointer),
+            seq_id=ctypes.cast(self._rows, ctypes.POINTER(pointer)),
+            logits=self.wanted.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
+        )
+
+
+def main() -> int:
+    parser = worker.parser(__doc__)
+    parser.add_argument("--flash-attention", choices=("on", "off"), default="on")
+    parser.add_argument("--mmap", choices=("on", "off"), default="on")
+    parser.add_argument("--unified", choices=("on", "off"), default="off")
+    parser.add_argument("--sampler", choices=("numpy", "backend"), default="numpy")
+    parser.add_argument("--kv", choices=("f16", "bf16", "f32"), default="f16")
+    options = parser.parse_args()
+    return worker.serve(
+        lambda: LlamaCpp(options.model, options.work, options.threads, options),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

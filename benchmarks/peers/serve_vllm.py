@@ -1,0 +1,160 @@
+"""Worker: vLLM on the CPU, the base model, or with ``--lora`` every row through its own adapter.
+
+The engine runs in this process and is stepped from here, so that the clock starts when every row
+has its first token and stops at the last one: prefill is outside, vLLM's scheduler and sampler are
+inside. ``tokens`` counts what those steps made; a row whose prompt was read a step before the
+others' has made more by then and is counted less.
+
+Compiled unless ``--eager``. With ``--lora`` the engine is built for exactly as many adapters as the
+batch has rows (rank 16, seven linears, bf16), so a new batch size builds a new engine, outside the
+clock; without, one engine serves batches up to 64.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.peers import lora, worker
+
+MAX_BATCH = 64
+MAX_LENGTH = 2048
+CACHE_GIB = 2
+
+
+class Vllm:
+    def __init__(self, model: Path, work: Path, threads: int, eager: bool, adapters: bool) -> None:
+        cores = sorted(os.sched_getaffinity(0))[:threads]
+        if len(cores) < threads:
+            raise ValueError(f"threads: expected at most {len(cores)} cores, got {threads}")
+        os.environ.update(
+            {
+                "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+                "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
+                "VLLM_CPU_KVCACHE_SPACE": str(CACHE_GIB),
+                "VLLM_CACHE_ROOT": str(work / "vllm"),
+                "VLLM_NO_USAGE_STATS": "1",
+                "VLLM_DO_NOT_TRACK": "1",
+            }
+        )
+        import torch
+        import vllm
+
+        self.vllm = vllm
+        self.folder, self.work = model, work
+        self.eager, self.adapters = eager, adapters
+        self.name = "vllm_lora" if adapters else "vllm_eager" if eager else "vllm"
+        self.version = vllm.__version__
+        self.engine: Any = None
+        self.rows = 0
+        self.requests = 0
+        self.settings = {
+            "threads": threads,
+            "weights": "bf16",
+            "compiled": not eager,
+            "adapters": f"one a row, r={lora.RANK}, 7 linears, bf16" if adapters else "none",
+            "torch": torch.__version__,
+        }
+        self._have(1)
+
+    def decode(self, batch: int, prompt: list[int], new_tokens: int) -> worker.Decoded:
+        self._have(batch)
+        rows = self._add(batch, prompt, new_tokens + 1)
+        while not all(rows.values()):
+            self._step(rows)
+        before = sum(map(len, rows.values()))
+        begin = time.perf_counter()
+        while self.engine.has_unfinished_requests():
+            self._step(rows)
+        seconds = time.perf_counter() - begin
+        made = list(rows.values())
+        if any(len(row) != new_tokens + 1 for row in made):
+            raise RuntimeError(f"rows of {sorted(map(len, made))} tokens, not {new_tokens + 1}")
+        first = [row[: worker.NUM_FIRST_TOKENS] for row in made]
+        return worker.Decoded(seconds, sum(map(len, made)) - before, first)
+
+    def prefill(self, prompt: list[int]) -> worker.Prefilled:
+        self._have(1)
+        begin = time.perf_counter()
+        rows = self._add(1, prompt, 1)
+        while self.engine.has_unfinished_requests():
+            self._step(rows)
+        return worker.Prefilled(time.perf_counter() - begin, len(prompt))
+
+    def _add(self, batch: int, prompt: list[int], new_tokens: int) -> dict[str, list[int]]:
+        """Queue the rows; where their tokens will be put, by request."""
+        from vllm.lora.request import LoRARequest
+        from vllm.sampling_params import RequestOutputKind
+
+        sampling = self.vllm.SamplingParams(
+            temperature=0.0,
+            max_tokens=new_tokens,
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+        )
+        rows: dict[str, list[int]] = {}
+        for row in range(batch):
+            self.requests += 1
+            name = str(self.requests)
+            rows[name] = []
+            user = None
+            if self.adapters:
+                path = str(lora.adapter(self.folder, self.work, row))
+                user = LoRARequest(f"user{row}", row + 1, path)
+            self.engine.add_request(name, {"prompt_token_ids": prompt}, sampling, lora_request=user)
+        return rows
+
+    def _step(self, rows: dict[str, list[int]]) -> None:
+        for output in self.engine.step():
+            rows[output.request_id].extend(output.outputs[0].token_ids)
+
+    def _have(self, batch: int) -> None:
+        """Have an engine for ``batch`` rows."""
+        if self.engine is not None and (batch == self.rows if self.adapters else True):
+            if batch > MAX_BATCH:
+                raise ValueError(f"batch: expected at most {MAX_BATCH}, got {batch}")
+            return
+        self.engine = None
+        gc.collect()
+        options: dict[str, Any] = {}
+        if self.adapters:
+            options = {
+                "enable_lora": True,
+                "max_loras": batch,
+                "max_cpu_loras": batch,
+                "max_lora_rank": lora.RANK,
+            }
+        self.engine = self.vllm.LLMEngine.from_engine_args(
+            self.vllm.EngineArgs(
+                model=str(self.folder),
+                skip_tokenizer_init=True,
+                dtype="bfloat16",
+                max_model_len=MAX_LENGTH,
+                max_num_seqs=batch if self.adapters else MAX_BATCH,
+                max_num_batched_tokens=4096,
+                enable_prefix_caching=False,
+                enforce_eager=self.eager,
+                disable_log_stats=True,
+                **options,
+            )
+        )
+        self.rows = batch
+
+
+def main() -> int:
+    parser = worker.parser(__doc__)
+    parser.add_argument("--eager", action="store_true", help="do not compile")
+    parser.add_argument("--lora", action="store_true", help="a distinct adapter in every row")
+    options = parser.parse_args()
+    return worker.serve(
+        lambda: Vllm(options.model, options.work, options.threads, options.eager, options.lora),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

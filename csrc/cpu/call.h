@@ -1,0 +1,63 @@
+// A prepared call of one op: everything it reads and writes by address, ready to run many times.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "../common/dtype.h"
+#include "threads.h"
+
+namespace fssa::cpu {
+
+// How many rows a call has: a number, or whatever stands at an address when the call runs.
+struct RowCount {
+  int64_t fixed = 0;
+  const int64_t* variable = nullptr;
+
+  int64_t get() const { return variable != nullptr ? *variable : fixed; }
+};
+
+// An index array whose values must lie in [low, high).
+struct IndexCheck {
+  const char* op;
+  const char* argument;
+  const int32_t* values;
+  int64_t low;
+  int64_t high;
+
+  bool operator==(const IndexCheck& other) const {
+    return values == other.values && low == other.low && high == other.high;
+  }
+
+  // Throws std::invalid_argument that names the first value out of range.
+  void run(int64_t count) const {
+    for (int64_t t = 0; t < count; ++t) {
+      if (values[t] < low || values[t] >= high) {
+        throw std::invalid_argument(std::string(op) + ": " + argument + ": expected values in [" +
+                                    std::to_string(low) + ", " + std::to_string(high) + "), got " +
+                                    std::to_string(values[t]) + " at row " + std::to_string(t));
+      }
+    }
+  }
+};
+
+class Call {
+ public:
+  virtual ~Call() = default;
+
+  // Throws std::invalid_argument for indices that would lead outside the call's memory. Runs on
+  // one thread, before anything is written.
+  virtual void check() const = 0;
+
+  // This thread's part of the work. Every thread of the team calls it, in the same order of calls.
+  virtual void run(Team& team) const = 0;
+};
+
+// Checks the call, then runs it on a team of its own.
+inline void run_alone(const Call& call, int num_threads) {
+  call.check();
+  run_team(num_threads, [&](Team& team) { call.run(team); });
+}
+
+}  // namespace fssa::cpu

@@ -1,0 +1,47 @@
+#include "graph.h"
+
+#include <chrono>
+
+namespace fssa::cpu {
+
+void Graph::prepare(const std::vector<int64_t>& dims) {
+  if (dims.size() != dims_.size()) {
+    throw std::invalid_argument("replay: expected " + std::to_string(dims_.size()) +
+                                " dimensions, got " + std::to_string(dims.size()));
+  }
+  // In place: the calls hold the addresses.
+  for (size_t i = 0; i < dims.size(); ++i) dims_[i] = dims[i];
+  for (const auto& call : calls_) call->check();
+}
+
+void Graph::replay(const std::vector<int64_t>& dims, int num_threads) {
+  prepare(dims);
+  run_team(num_threads, [&](Team& team) {
+    for (const auto& call : calls_) {
+      call->run(team);
+      team.barrier();
+    }
+  });
+}
+
+std::vector<double> Graph::profile(const std::vector<int64_t>& dims, int num_threads,
+                                   int repeats) {
+  using Clock = std::chrono::steady_clock;
+  prepare(dims);
+  std::vector<double> seconds(calls_.size(), 0.0);
+  run_team(num_threads, [&](Team& team) {
+    for (int repeat = 0; repeat < repeats; ++repeat) {
+      for (size_t i = 0; i < calls_.size(); ++i) {
+        const auto start = Clock::now();
+        calls_[i]->run(team);
+        team.barrier();
+        if (team.index() == 0) {
+          seconds[i] += std::chrono::duration<double>(Clock::now() - start).count();
+        }
+      }
+    }
+  });
+  return seconds;
+}
+
+}  // namespace fssa::cpu

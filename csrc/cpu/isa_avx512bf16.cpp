@@ -1,0 +1,17 @@
+// The kernels for x86-64 with AVX-512 F, BW, VL, DQ and BF16.
+#include "isa_prologue.h"
+
+#ifdef FSSA_X86_KERNELS
+FSSA_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma")
+
+#define FSSA_ISA isa_avx512bf16
+#define FSSA_BF16_DOT 1
+
+namespace fssa::cpu {
+#include "vec_avx512.h"
+#include "isa.inl"
+FSSA_KERNELS(avx512bf16)
+}  // namespace fssa::cpu
+
+FSSA_TARGET_END
+#endif

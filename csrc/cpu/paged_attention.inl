@@ -1,0 +1,239 @@
+// Kernel of paged attention. Keys are taken in blocks of 16 at absolute positions, one key in each
+// lane; a query row's softmax runs over its blocks in order. So a row's bits depend on its own keys
+// alone: not on the batch, nor on whether it is computed in decode or in any chunk of a prefill.
+namespace FSSA_ISA {
+
+struct AttentionScratch {
+  float* out;      // [kQueryRows, padded D]
+  float* keys;     // the block turned round: [D][16], bf16 [D/2][16][2]
+  float* weights;  // [kQueryRows, 16]
+  float* maximum;  // [kQueryRows]
+  float* total;    // [kQueryRows]
+};
+
+// Query rows [0, num_rows) of one piece: row r is token first_token + r / heads, head
+// first_head + r % heads, at position first_position + r / heads.
+struct AttentionPiece {
+  int64_t sequence;
+  int64_t first_token;
+  int64_t num_tokens;
+  int64_t first_position;
+  int64_t first_head;
+  int64_t heads;
+};
+
+// Where key j of a sequence lies, as an index of [num_pages * P].
+FSSA_INLINE int64_t kv_index(const AttentionCall& a, const int32_t* pages, int64_t j) {
+  return pages[j / a.page_size] * a.page_size + j % a.page_size;
+}
+
+FSSA_INLINE void turn_round(float* to, const float* const* keys, int64_t num, int64_t dim) {
+  for (int64_t j = 0; j < kKeyBlock; ++j) {
+    for (int64_t d = 0; d < dim; ++d) to[d * kKeyBlock + j] = j < num ? keys[j][d] : 0.0f;
+  }
+}
+
+FSSA_INLINE void turn_round(float* to, const BFloat16* const* keys, int64_t num, int64_t dim) {
+  uint32_t* pairs = reinterpret_cast<uint32_t*>(to);
+  for (int64_t j = 0; j < num; ++j) {
+    for (int64_t p = 0; p < dim / 2; ++p) {
+      __builtin_memcpy(pairs + p * kKeyBlock + j, keys[j] + 2 * p, sizeof(uint32_t));
+    }
+    if (dim % 2) pairs[dim / 2 * kKeyBlock + j] = keys[j][dim - 1].bits;
+  }
+  for (int64_t j = num; j < kKeyBlock; ++j) {
+    for (int64_t p = 0; p < (dim + 1) / 2; ++p) pairs[p * kKeyBlock + j] = 0;
+  }
+}
+
+template <int kRows, typename T>
+FSSA_INLINE void scores_of(const T* const* q, const float* keys, int64_t dim, Vec* out) {
+  Vec acc[kRows][1];
+  for (int r = 0; r < kRows; ++r) acc[r][0] = broadcast(0.0f);
+  accumulate<kRows, 1>(q, keys, dim, acc);
+  for (int r = 0; r < kRows; ++r) out[r] = acc[r][0];
+}
+
+// out[d] += sum_j weight[j] V[j][d] for kRows rows and 16 * kVecs channels.
+template <int kRows, int kVecs, typename T>
+FSSA_INLINE void mix(const T* const* values, int64_t num, const float* weights, float* out,
+                     int64_t padded, int64_t d) {
+  Vec acc[kRows][kVecs];
+  for (int r = 0; r < kRows; ++r) {
+    for (int c = 0; c < kVecs; ++c) acc[r][c] = load(out + r * padded + d + 16 * c);
+  }
+  for (int64_t j = 0; j < num; ++j) {
+    Vec value[kVecs];
+    FSSA_UNROLL
+    for (int c = 0; c < kVecs; ++c) value[c] = load(values[j] + d + 16 * c);
+    FSSA_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      const Vec weight = broadcast(weights[r * kKeyBlock + j]);
+      FSSA_UNROLL
+      for (int c = 0; c < kVecs; ++c) acc[r][c] = fma(weight, value[c], acc[r][c]);
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int c = 0; c < kVecs; ++c) store(out + r * padded + d + 16 * c, acc[r][c]);
+  }
+}
+
+template <int kRows, typename T>
+FSSA_INLINE void mix_rows(const T* const* values, int64_t num, const float* weights, float* out,
+                          int64_t padded, int64_t dim) {
+  int64_t d = 0;
+  for (; d + 64 <= dim; d += 64) mix<kRows, 4>(values, num, weights, out, padded, d);
+  for (; d + 16 <= dim; d += 16) mix<kRows, 1>(values, num, weights, out, padded, d);
+  if (d < dim) {
+    for (int r = 0; r < kRows; ++r) {
+      Vec acc = load(out + r * padded + d);
+      for (int64_t j = 0; j < num; ++j) {
+        acc = fma(broadcast(weights[r * kKeyBlock + j]), load_first(values[j] + d, dim - d), acc);
+      }
+      store(out + r * padded + d, acc);
+    }
+  }
+}
+
+// kRows rows of a piece against one block of keys.
+template <int kRows, typename T>
+FSSA_NOINLINE void attend_rows(const AttentionCall& a, const AttentionPiece& piece,
+                               const AttentionScratch& s, int64_t row, int64_t first_key,
+                               const T* const* values, int64_t num_keys) {
+  const int64_t padded = (a.head_dim + 15) / 16 * 16;
+  const T* q[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    const int64_t token = (row + r) / piece.heads, head = (row + r) % piece.heads;
+    q[r] = static_cast<const T*>(a.q) + (piece.first_token + token) * a.q_token_stride +
+           (piece.first_head + head) * a.q_head_stride;
+  }
+  Vec scores[kRows];
+  scores_of<kRows>(q, s.keys, a.head_dim, scores);
+  for (int r = 0; r < kRows; ++r) {
+    const int64_t position = piece.first_position + (row + r) / piece.heads;
+    const int64_t last = smaller(num_keys, position + 1 - first_key);
+    const int64_t first = a.window ? larger(0, position + 1 - a.window - first_key) : 0;
+    float* weights = s.weights + (row + r) * kKeyBlock;
+    if (first >= last) {  // this row sees no key of the block
+      store(weights, broadcast(0.0f));
+      continue;
+    }
+    const Vec scaled = keep_lanes(mul(scores[r], broadcast(a.scale)), first, last,
+                                  -__builtin_inff());
+    const float before = s.maximum[row + r], block = largest(scaled);
+    const float now = block > before ? block : before;
+    const Vec weight = exp(sub(scaled, broadcast(now)));
+    const float fade = before == now ? 1.0f : exp_one(before - now);
+    if (before != now) {
+      float* out = s.out + (row + r) * padded;
+      for (int64_t d = 0; d < padded; d += 16) store(out + d, mul(load(out + d), broadcast(fade)));
+    }
+    store(weights, keep_lanes(weight, first, last, 0.0f));
+    s.total[row + r] = s.total[row + r] * fade + sum(load(weights));
+    s.maximum[row + r] = now;
+  }
+  mix_rows<kRows>(values, num_keys, s.weights + row * kKeyBlock, s.out + row * padded, padded,
+                  a.head_dim);
+}
+
+template <int kRows, typename T>
+FSSA_INLINE void attend_rows_of(int64_t rows, const AttentionCall& a, const AttentionPiece& piece,
+                                const AttentionScratch& s, int64_t row, int64_t first_key,
+                                const T* const* values, int64_t num_keys) {
+  if constexpr (kRows > 1) {
+    if (rows < kRows) {
+      attend_rows_of<kRows - 1>(rows, a, piece, s, row, first_key, values, num_keys);
+      return;
+    }
+  }
+  attend_rows<kRows>(a, piece, s, row, first_key, values, num_keys);
+}
+
+template <typename T>
+FSSA_INLINE void attend(const AttentionCall& a, const AttentionPiece& piece,
+                        const AttentionScratch& s) {
+  const int64_t padded = (a.head_dim + 15) / 16 * 16;
+  const int64_t num_rows = piece.num_tokens * piece.heads;
+  for (int64_t i = 0; i < num_rows * padded; i += 16) store(s.out + i, broadcast(0.0f));
+  for (int64_t r = 0; r < num_rows; ++r) {
+    s.maximum[r] = -__builtin_inff();
+    s.total[r] = 0.0f;
+  }
+  const int64_t kv_head = piece.first_head / (a.num_heads / a.num_kv_heads);
+  const int32_t* pages = a.block_tables + piece.sequence * a.block_stride;
+  const T* k_cache = static_cast<const T*>(a.k_cache) + kv_head * a.head_dim;
+  const T* v_cache = static_cast<const T*>(a.v_cache) + kv_head * a.head_dim;
+  const int64_t entry = a.num_kv_heads * a.head_dim;
+  const int64_t num_keys = piece.first_position + piece.num_tokens;
+  const int64_t oldest = a.window ? larger(0, piece.first_position + 1 - a.window) : 0;
+  for (int64_t first = oldest / kKeyBlock * kKeyBlock; first < num_keys; first += kKeyBlock) {
+    const int64_t num = smaller(kKeyBlock, num_keys - first);
+    const T* keys[kKeyBlock];
+    const T* values[kKeyBlock];
+    for (int64_t j = 0; j < num; ++j) {
+      // Keys before the window lie in pages that nobody promised: the oldest stands in for them,
+      // and their weight is zero.
+      const int64_t at = kv_index(a, pages, larger(first + j, oldest)) * entry;
+      keys[j] = k_cache + at;
+      values[j] = v_cache + at;
+    }
+    turn_round(s.keys, keys, num, a.head_dim);
+    constexpr int kTile = kMaxRows < 4 ? kMaxRows : 4;
+    for (int64_t row = 0; row < num_rows; row += kTile) {
+      attend_rows_of<kTile, T>(num_rows - row, a, piece, s, row, first, values, num);
+    }
+  }
+  for (int64_t r = 0; r < num_rows; ++r) {
+    T* out = static_cast<T*>(a.out) +
+             ((piece.first_token + r / piece.heads) * a.num_heads + piece.first_head +
+              r % piece.heads) *
+                 a.head_dim;
+    const Vec inverse = broadcast(1.0f / s.total[r]);
+    for (int64_t d = 0; d < a.head_dim; d += 16) {
+      store_up_to(out + d, mul(load(s.out + r * padded + d), inverse), a.head_dim - d);
+    }
+  }
+}
+
+template <typename T>
+void attention(const AttentionCall& a, Team& team) {
+  const int64_t groups = a.num_heads / a.num_kv_heads;
+  const int64_t batch = a.num_sequences.get(), tokens = a.num_tokens.get();
+  const int64_t padded = (a.head_dim + 15) / 16 * 16;
+  AttentionScratch s;
+  s.out = a.scratch + team.index() * AttentionCall::thread_scratch(a.head_dim);
+  s.keys = s.out + kQueryRows * padded;
+  s.weights = s.keys + kKeyBlock * padded;
+  s.maximum = s.weights + kQueryRows * kKeyBlock;
+  s.total = s.maximum + kQueryRows;
+  // One KV head's query heads share its keys, unless that would leave a thread with less than its
+  // part. Which rows share a piece does not change them.
+  int64_t heads = groups;
+  if (batch * a.num_kv_heads < 2 * team.size()) heads = 1;
+  while (heads > kQueryRows) heads = (heads + 1) / 2;
+  while (groups % heads) --heads;
+  const int64_t head_pieces = a.num_heads / heads;
+  const int64_t max_tokens = larger(1, smaller(32, kQueryRows / heads));
+  int64_t number = 0;
+  for (int64_t b = 0; b < batch; ++b) {
+    const int64_t start = a.q_indptr[b], stop = a.q_indptr[b + 1];
+    // From the last piece on, which is the longest.
+    for (int64_t end = stop; end > start; end -= max_tokens) {
+      const int64_t first = larger(start, end - max_tokens);
+      for (int64_t h = 0; h < head_pieces; ++h) {
+        if (number++ % team.size() != team.index()) continue;
+        attend<T>(a, {b, first, end - first, a.kv_lens[b] - (stop - first), h * heads, heads}, s);
+      }
+    }
+  }
+  // Rows that belong to no request are zero.
+  if (team.index() == 0) {
+    const int64_t width = a.num_heads * a.head_dim;
+    T* out = static_cast<T*>(a.out);
+    const int64_t used = batch ? a.q_indptr[batch] : 0, first = batch ? a.q_indptr[0] : 0;
+    for (int64_t i = 0; i < first * width; ++i) out[i] = T{};
+    for (int64_t i = used * width; i < tokens * width; ++i) out[i] = T{};
+  }
+}
+
+}  // namespace FSSA_ISA

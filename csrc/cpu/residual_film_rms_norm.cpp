@@ -1,0 +1,14 @@
+#include "residual_film_rms_norm.h"
+
+#include "kernels.h"
+
+namespace fssa::cpu {
+
+void NormCall::check() const {
+  if (film == nullptr) return;
+  IndexCheck{"residual_film_rms_norm", "slots", slots, 0, num_users}.run(count.get());
+}
+
+void NormCall::run(Team& team) const { kernels().norm(*this, team); }
+
+}  // namespace fssa::cpu

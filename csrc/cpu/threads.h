@@ -1,0 +1,95 @@
+// A team of threads that work through the same list of ops, with a barrier cheap enough to stand
+// between two of them.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <thread>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace fssa::cpu {
+
+struct Range {
+  int64_t first;
+  int64_t last;
+};
+
+inline void relax() {
+#if defined(__x86_64__) || defined(_M_X64)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// One thread's view of its team. arrive() and wait() are the two halves of a barrier: whatever a
+// thread wrote before it arrived is seen by those that have waited, and work that needs nothing
+// from the others fits in between. Every thread must wait for a phase before it arrives again.
+class Team {
+ public:
+  Team(int index, int size, std::atomic<int64_t>* arrivals)
+      : index_(index), size_(size), arrivals_(arrivals) {}
+
+  int index() const { return index_; }
+  int size() const { return size_; }
+
+  void arrive() {
+    due_ += size_;
+    if (size_ > 1) arrivals_->fetch_add(1, std::memory_order_acq_rel);
+  }
+
+  void wait() {
+    if (size_ == 1) return;
+    // Spinning is right while every thread has a core; past that the others need ours.
+    for (int spins = 0; arrivals_->load(std::memory_order_acquire) < due_; ++spins) {
+      if (spins < kMaxSpins) {
+        relax();
+      } else {
+        std::this_thread::yield();
+      }
+    }
+  }
+
+  void barrier() {
+    arrive();
+    wait();
+  }
+
+  // This thread's contiguous part of `count` equal pieces of work.
+  Range share(int64_t count) const {
+    return {count * index_ / size_, count * (index_ + 1) / size_};
+  }
+
+ private:
+  static constexpr int kMaxSpins = 2000;
+
+  int index_;
+  int size_;
+  std::atomic<int64_t>* arrivals_;
+  int64_t due_ = 0;
+};
+
+// Runs work(team) on `num_threads` threads at once (fewer where OpenMP grants fewer) and returns
+// when all have finished. `work` must not throw.
+template <typename Work>
+void run_team(int num_threads, const Work& work) {
+  std::atomic<int64_t> arrivals{0};
+#ifdef _OPENMP
+  if (num_threads > 1) {
+#pragma omp parallel num_threads(num_threads)
+    {
+      Team team(omp_get_thread_num(), omp_get_num_threads(), &arrivals);
+      work(team);
+    }
+    return;
+  }
+#endif
+  (void)num_threads;
+  Team team(0, 1, &arrivals);
+  work(team);
+}
+
+}  // namespace fssa::cpu

@@ -1,0 +1,73 @@
+"""Rotary positions and the cache write on the CPU in C++ (csrc/cpu/rope_kv_write.h)."""
+
+from torch import Tensor
+
+from fssa_kernels.native import DTYPE_CODES, NATIVE, empty, launch, rows_of, unsupported
+
+
+def cannot_native(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    kv_slots: Tensor,
+) -> str | None:
+    """Why the native kernel is unable to serve these inputs, or None."""
+    for name, tensor in (("cos_sin", cos_sin), ("k_cache", k_cache), ("v_cache", v_cache)):
+        if not tensor.is_contiguous():
+            return f"{name} is not contiguous (strides {tensor.stride()})"
+    return unsupported(
+        q=q,
+        k=k,
+        v=v,
+        positions=positions,
+        cos_sin=cos_sin,
+        k_cache=k_cache,
+        v_cache=v_cache,
+        kv_slots=kv_slots,
+    )
+
+
+def rope_kv_write_native(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    kv_slots: Tensor,
+) -> Tensor:
+    """The public function on inputs that `cannot_native` accepts; ValueError for a bad index."""
+    assert NATIVE is not None
+    num_tokens, num_heads, head_dim = q.shape
+    num_pages, page_size, num_kv_heads, _ = k_cache.shape
+    rotated = empty(q, (num_tokens, num_heads, head_dim), q.dtype)
+    call = NATIVE.rope_kv_write(
+        rows_of(q),
+        rotated.data_ptr(),
+        _heads(q),
+        _heads(k),
+        _heads(v),
+        k_cache.data_ptr(),
+        v_cache.data_ptr(),
+        DTYPE_CODES[q.dtype],
+        cos_sin.data_ptr(),
+        positions.data_ptr(),
+        kv_slots.data_ptr(),
+        num_heads,
+        num_kv_heads,
+        head_dim,
+        cos_sin.shape[1],
+        cos_sin.shape[0],
+        num_pages * page_size,
+    )
+    launch("rope_kv_write", call, q, k, v, positions, cos_sin, k_cache, v_cache, kv_slots)
+    return rotated
+
+
+def _heads(tensor: Tensor) -> tuple[int, int, int]:
+    return tensor.data_ptr(), tensor.stride(0), tensor.stride(1)
