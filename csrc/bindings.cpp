@@ -61,7 +61,7 @@ std::shared_ptr<Call> modulated_linear(const Rows& rows_count, Address y, int64_
                                        Address weight, Address bias, const Side& lora_a,
                                        const Side& lora_b, const Side& rows, Address slots,
                                        Address halves, int64_t num_halves, Address low_rank,
-                                       int64_t num_splits, int64_t in_features, int64_t rank,
+                                       Address unmixed, int64_t num_splits, int64_t in_features, int64_t rank,
                                        int64_t num_users, int family, int epilogue) {
   auto call = std::make_shared<ModulatedLinearCall>();
   call->count = rows_count.count;
@@ -79,7 +79,8 @@ std::shared_ptr<Call> modulated_linear(const Rows& rows_count, Address y, int64_
   call->slots = in<int32_t>(slots);
   call->halves = in<Half>(halves);
   call->num_halves = num_halves;
-  call->low_rank = out<float>(low_rank);
+  call->low_rank = out<void>(low_rank);
+  call->unmixed = out<float>(unmixed);
   call->num_splits = num_splits;
   call->in_features = in_features;
   call->rank = rank;

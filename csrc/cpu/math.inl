@@ -29,6 +29,15 @@ FSSA_INLINE void store_up_to(T* p, Vec x, int64_t count) {
   }
 }
 
+// The first `count` lanes to `index` of an array of either type.
+FSSA_INLINE void store_as(void* base, DType dtype, int64_t index, Vec x, int64_t count) {
+  if (dtype == DType::kFloat32) {
+    store_up_to(static_cast<float*>(base) + index, x, count);
+  } else {
+    store_up_to(static_cast<BFloat16*>(base) + index, x, count);
+  }
+}
+
 // What x is after a store in T and a load.
 FSSA_INLINE Vec rounded_to(const float*, Vec x) { return x; }
 FSSA_INLINE Vec rounded_to(const BFloat16*, Vec x) { return round_bf16(x); }

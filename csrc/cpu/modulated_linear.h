@@ -71,12 +71,13 @@ struct ModulatedLinearCall final : Call {
   DType dtype = DType::kFloat32;  // of x, weight and bias
   const void* weight = nullptr;   // packed
   const void* bias = nullptr;     // [N] or null
-  SideMatrix lora_a;              // [S*R,K] row-major; factors [U,S*R,K]
-  SideMatrix lora_b;              // packed like the weight with K = R; factors [U,N,R] row-major
+  SideMatrix lora_a;              // [S*R,K] packed in one projection; factors [U,S*R,K] row-major
+  SideMatrix lora_b;              // [N,R] packed like the weight; factors [U,N,R] row-major
   SideMatrix rows;                // [U,S*R] or [U,S,R,R], a user's part contiguous
   const int32_t* slots = nullptr;
   const Half* halves = nullptr;
-  float* low_rank = nullptr;  // [T, S*R] scratch
+  void* low_rank = nullptr;   // [T,S*R] scratch of lora_b's dtype; factors: fp32
+  float* unmixed = nullptr;   // [T,S*R] scratch; core only
   int64_t num_halves = 0;     // even
   int64_t num_splits = 0;
   int64_t in_features = 0;

@@ -2,17 +2,16 @@
 // rows share the tile, so a row's bits do not depend on its neighbours.
 namespace FSSA_ISA {
 
-// acc += x W^T for kRows rows and the columns of a panel (kHalves = 2) or of one half-width block.
+// acc += x W^T for kRows rows and the first kHalves halves at `panel`, of a packed matrix [*, k].
 template <int kRows, int kHalves>
-FSSA_INLINE void accumulate(const BFloat16* const* x, const void* panel, int64_t k,
-                            Vec (&acc)[kRows][kHalves]) {
-  constexpr int64_t kStep = kHalves * 16 * 4;
-  const char* w = static_cast<const char*>(panel);
-  for (int64_t p = 0; p < k / 2; ++p, w += kStep) {
+FSSA_INLINE void accumulate(const BFloat16* const* x, const BFloat16* panel, int64_t k,
+                            Vec (&acc)[kRows][kHalves], int64_t step = kPanelColumns) {
+  const uint32_t* w = reinterpret_cast<const uint32_t*>(panel);
+  for (int64_t p = 0; p < k / 2; ++p, w += step) {
     Pairs columns[kHalves];
     FSSA_UNROLL
-    for (int h = 0; h < kHalves; ++h) columns[h] = load_pairs(w + 64 * h);
-    prefetch(w + 16 * kStep);
+    for (int h = 0; h < kHalves; ++h) columns[h] = load_pairs(w + kHalfColumns * h);
+    prefetch(w + 16 * step);
     FSSA_UNROLL
     for (int r = 0; r < kRows; ++r) {
       const Pairs pair = broadcast_pair(x[r] + 2 * p);
@@ -24,79 +23,49 @@ FSSA_INLINE void accumulate(const BFloat16* const* x, const void* panel, int64_t
     for (int r = 0; r < kRows; ++r) {
       const Pairs pair = broadcast_bits(x[r][k - 1].bits);
       for (int h = 0; h < kHalves; ++h) {
-        acc[r][h] = dot_pairs(acc[r][h], load_pairs(w + 64 * h), pair);
+        acc[r][h] = dot_pairs(acc[r][h], load_pairs(w + kHalfColumns * h), pair);
       }
     }
   }
 }
 
-template <int kRows, int kHalves>
-FSSA_INLINE void accumulate(const float* const* x, const void* panel, int64_t k,
-                            Vec (&acc)[kRows][kHalves]) {
-  const float* w = static_cast<const float*>(panel);
-  for (int64_t i = 0; i < k; ++i, w += 16 * kHalves) {
+template <int kRows, int kHalves, typename X>
+FSSA_INLINE void accumulate(const X* const* x, const float* panel, int64_t k,
+                            Vec (&acc)[kRows][kHalves], int64_t step = kPanelColumns) {
+  const float* w = panel;
+  for (int64_t i = 0; i < k; ++i, w += step) {
     Vec columns[kHalves];
     FSSA_UNROLL
-    for (int h = 0; h < kHalves; ++h) columns[h] = load(w + 16 * h);
-    prefetch(w + 16 * 16 * kHalves);
+    for (int h = 0; h < kHalves; ++h) columns[h] = load(w + kHalfColumns * h);
+    prefetch(w + 16 * step);
     FSSA_UNROLL
     for (int r = 0; r < kRows; ++r) {
-      const Vec value = broadcast(x[r][i]);
+      const Vec value = broadcast(to_float(x[r][i]));
       FSSA_UNROLL
       for (int h = 0; h < kHalves; ++h) acc[r][h] = fma(columns[h], value, acc[r][h]);
     }
   }
 }
 
-// Four dot products of x with rows of a row-major matrix, fp32 sums whose order depends on k alone.
-template <typename X, typename A>
-FSSA_INLINE void dots(const X* x, const A* a, int64_t stride, int64_t k, int64_t num, float* out) {
-  for (int64_t first = 0; first < num; first += 4) {
-    const A* row[4];
-    Vec acc[4];
-    for (int j = 0; j < 4; ++j) {
-      row[j] = a + smaller(first + j, num - 1) * stride;
-      acc[j] = broadcast(0.0f);
-    }
-    int64_t i = 0;
-    for (; i + 16 <= k; i += 16) {
-      const Vec value = load(x + i);
-      FSSA_UNROLL
-      for (int j = 0; j < 4; ++j) acc[j] = fma(load(row[j] + i), value, acc[j]);
-    }
-    if (i < k) {
-      const Vec value = load_first(x + i, k - i);
-      for (int j = 0; j < 4; ++j) acc[j] = fma(load_first(row[j] + i, k - i), value, acc[j]);
-    }
-    for (int64_t j = 0; j < smaller(4, num - first); ++j) out[first + j] = sum(acc[j]);
-  }
+// Where half `index` of a packed matrix [*, k] begins.
+template <typename W>
+FSSA_INLINE const W* half_at(const void* packed, DType dtype, int64_t k, int64_t index) {
+  const char* panel = static_cast<const char*>(packed) + index / 2 * panel_bytes(dtype, k);
+  return reinterpret_cast<const W*>(panel + index % 2 * (kHalfColumns * 4));
 }
 
-#ifdef FSSA_BF16_DOT
-FSSA_INLINE void dots(const BFloat16* x, const BFloat16* a, int64_t stride, int64_t k, int64_t num,
-                      float* out) {
-  for (int64_t first = 0; first < num; first += 4) {
-    const BFloat16* row[4];
-    Vec acc[4];
-    for (int j = 0; j < 4; ++j) {
-      row[j] = a + smaller(first + j, num - 1) * stride;
-      acc[j] = broadcast(0.0f);
-    }
+// Dot products of x with `num` rows of a row-major matrix.
+template <typename X, typename A>
+FSSA_INLINE void dots(const X* x, const A* a, int64_t stride, int64_t k, int64_t num, float* out) {
+  for (int64_t n = 0; n < num; ++n) {
+    const A* row = a + n * stride;
+    Vec acc = broadcast(0.0f);
     int64_t i = 0;
-    for (; i + 32 <= k; i += 32) {
-      const Pairs value = load_pairs(x + i);
-      FSSA_UNROLL
-      for (int j = 0; j < 4; ++j) acc[j] = dot_pairs(acc[j], load_pairs(row[j] + i), value);
-    }
-    for (; i < k; i += 16) {
-      const int64_t left = smaller(16, k - i);
-      const Vec value = load_first(x + i, left);
-      for (int j = 0; j < 4; ++j) acc[j] = fma(load_first(row[j] + i, left), value, acc[j]);
-    }
-    for (int64_t j = 0; j < smaller(4, num - first); ++j) out[first + j] = sum(acc[j]);
+    for (; i + 16 <= k; i += 16) acc = fma(load(row + i), load(x + i), acc);
+    if (i < k) acc = fma(load_first(row + i, k - i), load_first(x + i, k - i), acc);
+    out[n] = sum(acc);
   }
 }
-#endif
 
 template <typename X>
 FSSA_INLINE void dots_any(const X* x, const SideMatrix& a, int64_t offset, int64_t k, int64_t num,
@@ -108,72 +77,146 @@ FSSA_INLINE void dots_any(const X* x, const SideMatrix& a, int64_t offset, int64
   }
 }
 
-// What B will be multiplied with, for columns [first, first + num) of row t: A x, times g for
-// gated. For core [first, first + num) is one projection, and the result is M A x.
-template <typename T>
-FSSA_INLINE void shrink(const ModulatedLinearCall& a, int64_t t, int64_t first, int64_t num) {
-  const T* x = static_cast<const T*>(a.x) + t * a.x_stride;
-  float* out = a.low_rank + t * a.width() + first;
-  const int64_t user = a.family == Family::kFactors ? a.slots[t] : 0;
-  dots_any(x, a.lora_a, user * a.lora_a.user_stride + first * a.lora_a.stride, a.in_features, num,
-           out);
-  if (a.family == Family::kGated) {
-    const int64_t state = a.slots[t] * a.rows.stride + first;
-    for (int64_t r = 0; r < num; ++r) out[r] *= fssa::load(a.rows.data, a.rows.dtype, state + r);
+// What B is multiplied with: v = A x, times g for gated, in B's dtype. For core u = A x in fp32,
+// which `mix` turns into v.
+//
+// Rows [t, t + kRows), 16 columns of A.
+template <int kRows, typename X, typename A>
+FSSA_NOINLINE void shrink_tile(const ModulatedLinearCall& a, int64_t t, int64_t half) {
+  const X* x[kRows];
+  Vec acc[kRows][1];
+  for (int r = 0; r < kRows; ++r) {
+    x[r] = static_cast<const X*>(a.x) + (t + r) * a.x_stride;
+    acc[r][0] = broadcast(0.0f);
+  }
+  accumulate(x, half_at<A>(a.lora_a.data, a.lora_a.dtype, a.in_features, half), a.in_features,
+             acc);
+  const int64_t first = half * kHalfColumns, valid = smaller(kHalfColumns, a.width() - first);
+  for (int r = 0; r < kRows; ++r) {
+    Vec value = acc[r][0];
+    const int64_t at = (t + r) * a.width() + first;
+    if (a.family == Family::kGated) {
+      const int64_t state = a.slots[t + r] * a.rows.stride + first;
+      value = mul(value, load_first_as(a.rows.data, a.rows.dtype, state, valid));
+    }
+    if (a.family == Family::kCore) {
+      store_up_to(a.unmixed + at, value, valid);
+    } else {
+      store_as(a.low_rank, a.lora_b.dtype, at, value, valid);
+    }
+  }
+}
+
+template <int kRows, typename X, typename A>
+FSSA_INLINE void shrink_tile_of(int64_t rows, const ModulatedLinearCall& a, int64_t t,
+                                int64_t half) {
+  if constexpr (kRows > 1) {
+    if (rows < kRows) {
+      shrink_tile_of<kRows - 1, X, A>(rows, a, t, half);
+      return;
+    }
+  }
+  shrink_tile<kRows, X, A>(a, t, half);
+}
+
+template <typename X, typename A>
+FSSA_INLINE void shrink(const ModulatedLinearCall& a, int64_t num_tokens, Team& team) {
+  const int64_t halves = (a.width() + kHalfColumns - 1) / kHalfColumns;
+  const int64_t tiles = (num_tokens + kMaxRows - 1) / kMaxRows;
+  const Range mine = team.share(halves * tiles);
+  for (int64_t i = mine.first; i < mine.last; ++i) {
+    const int64_t tile = i / halves;
+    const int64_t first = num_tokens * tile / tiles, last = num_tokens * (tile + 1) / tiles;
+    shrink_tile_of<kMaxRows, X, A>(last - first, a, first, i % halves);
+  }
+}
+
+// v_s = M_s u_s for every projection s of row t.
+FSSA_INLINE void mix(const ModulatedLinearCall& a, int64_t t) {
+  SideMatrix core = a.rows;
+  core.stride = a.rank;
+  const float* u = a.unmixed + t * a.width();
+  for (int64_t first = 0; first < a.width(); first += a.rank) {
+    for (int64_t r = 0; r < a.rank; ++r) {
+      float value;
+      dots_any(u + first, core, a.slots[t] * a.rows.stride + (first + r) * a.rank, a.rank, 1,
+               &value);
+      fssa::store(a.low_rank, a.lora_b.dtype, t * a.width() + first + r, value);
+    }
+  }
+}
+
+// v = A_u x for row t, with the user's own A.
+template <typename X>
+FSSA_INLINE void shrink_own(const ModulatedLinearCall& a, int64_t t) {
+  float* out = static_cast<float*>(a.low_rank) + t * a.width();
+  dots_any(static_cast<const X*>(a.x) + t * a.x_stride, a.lora_a,
+           a.slots[t] * a.lora_a.user_stride, a.in_features, a.width(), out);
+}
+
+// v of every row; the team has it once it has arrived after this.
+template <typename X>
+FSSA_INLINE void low_rank(const ModulatedLinearCall& a, int64_t num_tokens, Team& team) {
+  if (a.family == Family::kFactors) {
+    const Range mine = team.share(num_tokens);
+    for (int64_t t = mine.first; t < mine.last; ++t) shrink_own<X>(a, t);
+    return;
+  }
+  if constexpr (sizeof(X) == 2) {
+    if (a.lora_a.dtype == DType::kBFloat16) {
+      shrink<X, BFloat16>(a, num_tokens, team);
+    } else {
+      shrink<X, float>(a, num_tokens, team);
+    }
+  } else {
+    shrink<X, float>(a, num_tokens, team);
   }
   if (a.family == Family::kCore) {
-    constexpr int64_t kMostOnStack = 256;
-    float stack[kMostOnStack];
-    float* mixed = num <= kMostOnStack ? stack : new float[num];
-    SideMatrix core = a.rows;
-    core.stride = a.rank;
-    dots_any(out, core, a.slots[t] * a.rows.stride + first * a.rank, a.rank, num, mixed);
-    for (int64_t r = 0; r < num; ++r) out[r] = mixed[r];
-    if (mixed != stack) delete[] mixed;
+    team.barrier();
+    const Range mine = team.share(num_tokens);
+    for (int64_t t = mine.first; t < mine.last; ++t) mix(a, t);
   }
 }
 
-// acc += v B^T for one half; b: the half's part of a packed panel.
-FSSA_INLINE Vec expand_packed(Vec acc, const float* v, const float* b, int64_t rank) {
-  for (int64_t r = 0; r < rank; ++r) {
-    acc = fma(load(b + r * kPanelColumns), broadcast(v[r]), acc);
+// acc += v B^T for kRows rows of one panel.
+template <int kRows, typename B>
+FSSA_INLINE void expand_packed(const ModulatedLinearCall& a, int64_t t, int64_t panel,
+                               Vec (&acc)[kRows][2]) {
+  const Half* halves = a.halves + 2 * panel;
+  const B* b = half_at<B>(a.lora_b.data, a.lora_b.dtype, a.rank, 2 * panel);
+  const B* v[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    v[r] = static_cast<const B*>(a.low_rank) + (t + r) * a.width() + halves[0].split * a.rank;
   }
-  return acc;
+  if (halves[0].split == halves[1].split || halves[1].valid == 0) {
+    accumulate(v, b, a.rank, acc);
+    return;
+  }
+  Vec one[kRows][1];
+  for (int h = 0; h < 2; ++h) {
+    for (int r = 0; r < kRows; ++r) {
+      v[r] = static_cast<const B*>(a.low_rank) + (t + r) * a.width() + halves[h].split * a.rank;
+      one[r][0] = acc[r][h];
+    }
+    accumulate(v, half_at<B>(a.lora_b.data, a.lora_b.dtype, a.rank, 2 * panel + h), a.rank, one);
+    for (int r = 0; r < kRows; ++r) acc[r][h] = one[r][0];
+  }
 }
 
-FSSA_INLINE Vec expand_packed(Vec acc, const float* v, const BFloat16* b, int64_t rank) {
-  for (int64_t r = 0; r < rank; r += 2) {
-    const Pairs both = load_pairs(b + r * kPanelColumns);
-    acc = fma(low(both), broadcast(v[r]), acc);
-    if (r + 1 < rank) acc = fma(high(both), broadcast(v[r + 1]), acc);
-  }
-  return acc;
-}
-
-FSSA_INLINE Vec expand(const ModulatedLinearCall& a, Vec acc, int64_t t, int64_t half_index) {
-  const Half& half = a.halves[half_index];
-  const float* v = a.low_rank + t * a.width() + half.split * a.rank;
-  if (a.family == Family::kFactors) {
-    float out[kHalfColumns] = {};
-    dots_any(v, a.lora_b, a.slots[t] * a.lora_b.user_stride + half.row * a.lora_b.stride, a.rank,
-             half.valid, out);
-    return add(acc, load(out));
-  }
-  const char* panel = static_cast<const char*>(a.lora_b.data) +
-                      half_index / 2 * panel_bytes(a.lora_b.dtype, a.rank) +
-                      half_index % 2 * (kHalfColumns * 4);
-  return a.lora_b.dtype == DType::kFloat32
-             ? expand_packed(acc, v, reinterpret_cast<const float*>(panel), a.rank)
-             : expand_packed(acc, v, reinterpret_cast<const BFloat16*>(panel), a.rank);
-}
-
-FSSA_INLINE void write(const ModulatedLinearCall& a, int64_t t, int64_t column, int64_t valid,
-                       Vec value) {
-  const int64_t at = t * a.y_stride + column;
-  if (a.y_dtype == DType::kFloat32) {
-    store_up_to(static_cast<float*>(a.y) + at, value, valid);
-  } else {
-    store_up_to(static_cast<BFloat16*>(a.y) + at, value, valid);
+// The same with each row's own B.
+template <int kRows>
+FSSA_INLINE void expand_own(const ModulatedLinearCall& a, int64_t t, int64_t panel,
+                            Vec (&acc)[kRows][2]) {
+  for (int h = 0; h < 2; ++h) {
+    const Half& half = a.halves[2 * panel + h];
+    for (int r = 0; r < kRows; ++r) {
+      const float* v = static_cast<const float*>(a.low_rank) + (t + r) * a.width();
+      float out[kHalfColumns] = {};
+      dots_any(v + half.split * a.rank, a.lora_b,
+               a.slots[t + r] * a.lora_b.user_stride + half.row * a.lora_b.stride, a.rank,
+               half.valid, out);
+      acc[r][h] = add(acc[r][h], load(out));
+    }
   }
 }
 
@@ -188,9 +231,17 @@ FSSA_NOINLINE void tile(const ModulatedLinearCall& a, int64_t t, int64_t panel,
     x[r] = static_cast<const T*>(a.x) + (t + r) * a.x_stride;
     acc[r][0] = acc[r][1] = broadcast(0.0f);
   }
-  const char* w = static_cast<const char*>(a.weight) + panel * panel_bytes(a.dtype, a.in_features);
-  accumulate<kRows, 2>(x, w, a.in_features, acc);
+  accumulate(x, half_at<T>(a.weight, a.dtype, a.in_features, 2 * panel), a.in_features, acc);
   ready();
+  if (a.family == Family::kFactors) {
+    expand_own(a, t, panel, acc);
+  } else if (a.family != Family::kNone) {
+    if (a.lora_b.dtype == DType::kFloat32) {
+      expand_packed<kRows, float>(a, t, panel, acc);
+    } else {
+      expand_packed<kRows, BFloat16>(a, t, panel, acc);
+    }
+  }
   for (int h = 0; h < 2; ++h) {
     const Half& half = a.halves[2 * panel + h];
     if (half.valid == 0) continue;
@@ -198,18 +249,17 @@ FSSA_NOINLINE void tile(const ModulatedLinearCall& a, int64_t t, int64_t panel,
       const Vec bias = load_first_as(a.bias, a.dtype, half.row, half.valid);
       for (int r = 0; r < kRows; ++r) acc[r][h] = add(acc[r][h], bias);
     }
-    if (a.family != Family::kNone) {
-      for (int r = 0; r < kRows; ++r) acc[r][h] = expand(a, acc[r][h], t + r, 2 * panel + h);
-    }
     if (a.epilogue == Epilogue::kNone) {
-      for (int r = 0; r < kRows; ++r) write(a, t + r, half.column, half.valid, acc[r][h]);
+      for (int r = 0; r < kRows; ++r) {
+        store_as(a.y, a.y_dtype, (t + r) * a.y_stride + half.column, acc[r][h], half.valid);
+      }
     }
   }
   if (a.epilogue == Epilogue::kNone) return;
   const Half& half = a.halves[2 * panel];
   for (int r = 0; r < kRows; ++r) {
     const Vec gate = a.epilogue == Epilogue::kSiluMul ? silu(acc[r][0]) : gelu_tanh(acc[r][0]);
-    write(a, t + r, half.column, half.valid, mul(gate, acc[r][1]));
+    store_as(a.y, a.y_dtype, (t + r) * a.y_stride + half.column, mul(gate, acc[r][1]), half.valid);
   }
 }
 
@@ -228,21 +278,14 @@ FSSA_INLINE void tile_of(int64_t rows, const ModulatedLinearCall& a, int64_t t, 
 template <typename T>
 void modulated_linear(const ModulatedLinearCall& a, Team& team) {
   const int64_t num_tokens = a.count.get();
-  const bool low_rank = a.family != Family::kNone;
-  if (low_rank) {
-    // Pieces small enough that a single row is shared out too.
-    const int64_t piece = a.family == Family::kCore ? a.rank : smaller(4, a.width());
-    const int64_t pieces = (a.width() + piece - 1) / piece;
-    const Range mine = team.share(num_tokens * pieces);
-    for (int64_t i = mine.first; i < mine.last; ++i) {
-      const int64_t first = i % pieces * piece;
-      shrink<T>(a, i / pieces, first, smaller(piece, a.width() - first));
-    }
+  const bool modulated = a.family != Family::kNone;
+  if (modulated) {
+    low_rank<T>(a, num_tokens, team);
     team.arrive();
   }
   // The others' part of the low-rank term is waited for when the first product is done: by then
   // they have long had it.
-  bool waited = !low_rank;
+  bool waited = !modulated;
   const auto ready = [&] {
     if (!waited) team.wait();
     waited = true;
@@ -256,8 +299,10 @@ void modulated_linear(const ModulatedLinearCall& a, Team& team) {
   const int64_t num_chunks = (num_tokens + chunk - 1) / chunk;
   const Range mine = team.share(num_panels * num_chunks);
   for (int64_t i = mine.first; i < mine.last; ++i) {
-    const int64_t panel = i % num_panels, start = i / num_panels * chunk;
-    const int64_t rows = smaller(chunk, num_tokens - start);
+    const int64_t panel = i % num_panels, number = i / num_panels;
+    // Chunks of equal height, or a thread would get the short one.
+    const int64_t start = num_tokens * number / num_chunks;
+    const int64_t rows = num_tokens * (number + 1) / num_chunks - start;
     const int64_t tiles = (rows + kMaxRows - 1) / kMaxRows;
     for (int64_t j = 0; j < tiles; ++j) {
       const int64_t first = rows * j / tiles, last = rows * (j + 1) / tiles;

@@ -22,27 +22,28 @@ struct AttentionPiece {
   int64_t heads;
 };
 
-// Where key j of a sequence lies, as an index of [num_pages * P].
-FSSA_INLINE int64_t kv_index(const AttentionCall& a, const int32_t* pages, int64_t j) {
-  return pages[j / a.page_size] * a.page_size + j % a.page_size;
-}
-
-FSSA_INLINE void turn_round(float* to, const float* const* keys, int64_t num, int64_t dim) {
-  for (int64_t j = 0; j < kKeyBlock; ++j) {
-    for (int64_t d = 0; d < dim; ++d) to[d * kKeyBlock + j] = j < num ? keys[j][d] : 0.0f;
+// Sixteen keys turned round: `to` holds word 0 of every key, then word 1, and so on; a word is one
+// fp32 number or two bf16 numbers, the last of an odd count with a zero.
+template <typename T>
+FSSA_INLINE void turn_round(float* to, const T* const* keys, int64_t dim) {
+  uint32_t* words = reinterpret_cast<uint32_t*>(to);
+  const int64_t whole = dim * static_cast<int64_t>(sizeof(T)) / 4;
+  int64_t w = 0;
+  for (; w + 16 <= whole; w += 16) {
+    const void* rows[16];
+    for (int j = 0; j < 16; ++j) rows[j] = reinterpret_cast<const uint32_t*>(keys[j]) + w;
+    transpose_words(rows, words + w * kKeyBlock);
   }
-}
-
-FSSA_INLINE void turn_round(float* to, const BFloat16* const* keys, int64_t num, int64_t dim) {
-  uint32_t* pairs = reinterpret_cast<uint32_t*>(to);
-  for (int64_t j = 0; j < num; ++j) {
-    for (int64_t p = 0; p < dim / 2; ++p) {
-      __builtin_memcpy(pairs + p * kKeyBlock + j, keys[j] + 2 * p, sizeof(uint32_t));
+  for (; w < whole; ++w) {
+    for (int j = 0; j < 16; ++j) {
+      __builtin_memcpy(words + w * kKeyBlock + j, reinterpret_cast<const char*>(keys[j]) + 4 * w, 4);
     }
-    if (dim % 2) pairs[dim / 2 * kKeyBlock + j] = keys[j][dim - 1].bits;
   }
-  for (int64_t j = num; j < kKeyBlock; ++j) {
-    for (int64_t p = 0; p < (dim + 1) / 2; ++p) pairs[p * kKeyBlock + j] = 0;
+  if (dim * sizeof(T) % 4) {
+    for (int j = 0; j < 16; ++j) {
+      words[w * kKeyBlock + j] = 0;
+      __builtin_memcpy(words + w * kKeyBlock + j, keys[j] + dim - 1, sizeof(T));
+    }
   }
 }
 
@@ -50,7 +51,7 @@ template <int kRows, typename T>
 FSSA_INLINE void scores_of(const T* const* q, const float* keys, int64_t dim, Vec* out) {
   Vec acc[kRows][1];
   for (int r = 0; r < kRows; ++r) acc[r][0] = broadcast(0.0f);
-  accumulate<kRows, 1>(q, keys, dim, acc);
+  accumulate(q, reinterpret_cast<const T*>(keys), dim, acc, kKeyBlock);
   for (int r = 0; r < kRows; ++r) out[r] = acc[r][0];
 }
 
@@ -170,14 +171,18 @@ FSSA_INLINE void attend(const AttentionCall& a, const AttentionPiece& piece,
     const int64_t num = smaller(kKeyBlock, num_keys - first);
     const T* keys[kKeyBlock];
     const T* values[kKeyBlock];
-    for (int64_t j = 0; j < num; ++j) {
-      // Keys before the window lie in pages that nobody promised: the oldest stands in for them,
-      // and their weight is zero.
-      const int64_t at = kv_index(a, pages, larger(first + j, oldest)) * entry;
-      keys[j] = k_cache + at;
-      values[j] = v_cache + at;
+    int64_t page = 0;  // what leads from a position times `entry` to its place in the cache
+    // Keys before the window lie in pages that nobody promised, and past the end there are none:
+    // the nearest key stands in for them, and its weight there is zero.
+    for (int64_t j = 0; j < kKeyBlock; ++j) {
+      const int64_t at = larger(oldest, smaller(first + j, num_keys - 1));
+      if (j == 0 || at % a.page_size == 0 || at == oldest) {
+        page = (pages[at / a.page_size] * a.page_size - at / a.page_size * a.page_size) * entry;
+      }
+      keys[j] = k_cache + page + at * entry;
+      values[j] = v_cache + page + at * entry;
     }
-    turn_round(s.keys, keys, num, a.head_dim);
+    turn_round(s.keys, keys, a.head_dim);
     constexpr int kTile = kMaxRows < 4 ? kMaxRows : 4;
     for (int64_t row = 0; row < num_rows; row += kTile) {
       attend_rows_of<kTile, T>(num_rows - row, a, piece, s, row, first, values, num);

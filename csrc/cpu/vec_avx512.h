@@ -121,6 +121,34 @@ FSSA_INLINE Vec dot_pairs(Vec acc, Pairs a, Pairs b) {
 #endif
 }
 
+// out[i][j] = word i of rows[j], 32-bit words.
+FSSA_INLINE void transpose_words(const void* const* rows, uint32_t* out) {
+  __m512i a[16], b[16];
+  for (int j = 0; j < 16; ++j) a[j] = _mm512_loadu_si512(rows[j]);
+  // Pairs of rows, then fours: afterwards b[4 * i + k] holds word k of each 128-bit lane.
+  for (int j = 0; j < 16; j += 2) {
+    b[j] = _mm512_unpacklo_epi32(a[j], a[j + 1]);
+    b[j + 1] = _mm512_unpackhi_epi32(a[j], a[j + 1]);
+  }
+  for (int j = 0; j < 16; j += 4) {
+    a[j] = _mm512_unpacklo_epi64(b[j], b[j + 2]);
+    a[j + 1] = _mm512_unpackhi_epi64(b[j], b[j + 2]);
+    a[j + 2] = _mm512_unpacklo_epi64(b[j + 1], b[j + 3]);
+    a[j + 3] = _mm512_unpackhi_epi64(b[j + 1], b[j + 3]);
+  }
+  // Then the 128-bit lanes: a 4 x 4 transpose of them for each k.
+  for (int k = 0; k < 4; ++k) {
+    const __m512i low_even = _mm512_shuffle_i32x4(a[k], a[k + 4], 0x88);
+    const __m512i low_odd = _mm512_shuffle_i32x4(a[k], a[k + 4], 0xdd);
+    const __m512i high_even = _mm512_shuffle_i32x4(a[k + 8], a[k + 12], 0x88);
+    const __m512i high_odd = _mm512_shuffle_i32x4(a[k + 8], a[k + 12], 0xdd);
+    _mm512_storeu_si512(out + 16 * k, _mm512_shuffle_i32x4(low_even, high_even, 0x88));
+    _mm512_storeu_si512(out + 16 * (k + 8), _mm512_shuffle_i32x4(low_even, high_even, 0xdd));
+    _mm512_storeu_si512(out + 16 * (k + 4), _mm512_shuffle_i32x4(low_odd, high_odd, 0x88));
+    _mm512_storeu_si512(out + 16 * (k + 12), _mm512_shuffle_i32x4(low_odd, high_odd, 0xdd));
+  }
+}
+
 FSSA_INLINE void prefetch(const void* p) {
   _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
 }

@@ -22,16 +22,20 @@ class LinearModulation:
 
     family: LinearFamily
     splits: tuple[int, ...]
-    lora_a: torch.Tensor
+    lora_a: torch.Tensor | PackedMatrix
     lora_b: torch.Tensor | PackedMatrix
     rows: torch.Tensor | None
 
     def pack(self, *, paired: bool) -> LinearModulation:
-        """The same with B laid out for the native kernels, where B is not a user's own."""
-        if self.family == "factors" or isinstance(self.lora_b, PackedMatrix):
+        """The same with A and B laid out for the native kernels, unless they are a user's own."""
+        lora_a, lora_b = self.lora_a, self.lora_b
+        if self.family == "factors":
             return self
-        packed = pack_matrix(self.lora_b, splits=self.splits, paired=paired)
-        return replace(self, lora_b=packed)
+        if not isinstance(lora_a, PackedMatrix):
+            lora_a = pack_matrix(lora_a)
+        if not isinstance(lora_b, PackedMatrix):
+            lora_b = pack_matrix(lora_b, splits=self.splits, paired=paired)
+        return replace(self, lora_a=lora_a, lora_b=lora_b)
 
 
 @dataclass(frozen=True)

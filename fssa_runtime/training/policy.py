@@ -4,17 +4,21 @@
     r(y) = β ( log π(ỹ | x, z) − log π_ref(ỹ | x) )
     loss = − mean log σ( r(chosen) − r(rejected) )      over targets not among the context
            + λ · mean( −log π(chosen | x, z) / tokens of chosen )
+           − μ · mean log σ( r(chosen) − r(loop) )
 
-The second term (λ = ``nll_weight``) holds the policy to text somebody chose: differences alone
-are also won by pushing both answers' likelihoods down, which ends in "1. 1. 1.". The base is
+Differences alone are also won by text that is no longer good, such as a list that goes "1. 1. 1.".
+The second term (λ = ``nll_weight``) holds the policy to text somebody chose; in the third (μ =
+``loop_weight``) every user prefers a chosen answer to the same going round in circles. The base is
 frozen; log π_ref and the options' embeddings are computed once and kept beside the run. Sources:
-arXiv 2412.13998, NP-DPO; arXiv 2404.19733 for the second term.
+arXiv 2412.13998, NP-DPO; arXiv 2404.19733 for the second term; the third is this project's.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -49,6 +53,8 @@ METRICS_FILE = "metrics.json"
 CONDITIONING_DIR = "conditioning"
 MAX_BATCH_TOKENS = 4096
 SCALING_TASKS = 256
+MAX_LOOP_SPAN = 12
+LOOP_TOKENS = 48
 
 
 class PolicyEvaluation(BaseModel):
@@ -84,6 +90,7 @@ class PolicyConfig(BaseModel):
     modulator: ModulatorConfig
     beta: float = Field(default=0.05, gt=0)
     nll_weight: float = Field(default=0.0, ge=0)
+    loop_weight: float = Field(default=0.0, ge=0)
     strength: float = Field(default=1.0, gt=0, le=1)
     train: TrainSettings
     evaluation: PolicyEvaluation = PolicyEvaluation()
@@ -95,12 +102,15 @@ class Options:
     """Distinct options of a data set, computed once under the unmodulated model.
 
     ``tokens[i]``: prompt and answer tokens; ``embeddings [m, E]`` float32; ``reference [m]``:
-    log π_ref of the answer, nats. ``chosen``, ``rejected [N]``: each preference's options.
+    log π_ref of the answer, nats. ``loops[i]``, ``loop_reference [m]``: the same prompt answered by
+    option i's loop (`loop_of`). ``chosen``, ``rejected [N]``: each preference's options.
     """
 
     tokens: list[tuple[list[int], list[int]]]
     embeddings: torch.Tensor
     reference: torch.Tensor
+    loops: list[tuple[list[int], list[int]]]
+    loop_reference: torch.Tensor
     chosen: torch.Tensor
     rejected: torch.Tensor
 
@@ -121,12 +131,14 @@ class PolicyObjective(nn.Module):
         *,
         beta: float,
         nll_weight: float = 0.0,
+        loop_weight: float = 0.0,
     ) -> None:
         super().__init__()
         self.encoder = encoder
         self.modulator = modulator
         self.beta = beta
         self.nll_weight = nll_weight
+        self.loop_weight = loop_weight
         self._base = (decoder, options)
 
     def forward(
@@ -137,12 +149,18 @@ class PolicyObjective(nn.Module):
         target_mask: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
         """Rows ``[U, n]`` and ``[U, m]`` as `tasks.collate_rows` makes them."""
-        policy, reference = self.logprobs(context_rows, context_mask, target_rows, target_mask)
-        chosen, rejected = policy.chunk(2)
-        reference_chosen, reference_rejected = reference.chunk(2)
+        kinds = 3 if self.loop_weight else 2
+        policy, reference = self._logprobs(
+            context_rows, context_mask, target_rows, target_mask, with_loops=kinds == 3
+        )
+        chosen, rejected, *loops = policy.chunk(kinds)
+        reference_chosen, reference_rejected, *reference_loops = reference.chunk(kinds)
         loss = dpo_loss(chosen, rejected, reference_chosen, reference_rejected, beta=self.beta)
         nll = -(chosen / self._chosen_lengths(target_rows, target_mask)).mean()
         loss = loss + self.nll_weight * nll
+        for loop, reference_loop in zip(loops, reference_loops, strict=True):
+            term = dpo_loss(chosen, loop, reference_chosen, reference_loop, beta=self.beta)
+            loss = loss + self.loop_weight * term
         with torch.no_grad():
             margin = implicit_reward(chosen, reference_chosen, beta=self.beta)
             margin = margin - implicit_reward(rejected, reference_rejected, beta=self.beta)
@@ -169,6 +187,20 @@ class PolicyObjective(nn.Module):
         target_mask: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """log π and log π_ref of every real target: ``[2 M]``, chosen first, then rejected."""
+        return self._logprobs(
+            context_rows, context_mask, target_rows, target_mask, with_loops=False
+        )
+
+    def _logprobs(
+        self,
+        context_rows: torch.Tensor,
+        context_mask: torch.Tensor,
+        target_rows: torch.Tensor,
+        target_mask: torch.Tensor,
+        *,
+        with_loops: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`logprobs`; with loops ``[3 M]``, the loop of each chosen answer last."""
         decoder, options = self._base
         device = decoder.device
         context = context_rows.cpu()
@@ -181,11 +213,18 @@ class PolicyObjective(nn.Module):
         mask = target_mask.cpu()
         rows = target_rows.cpu()[mask]
         users = mask.nonzero()[:, 0]
-        wanted = torch.cat([options.chosen[rows], options.rejected[rows]])
-        packed = PackedOptions.pack([options.tokens[i] for i in wanted.tolist()], device)
-        slots = packed.per_token(users.repeat(2).to(device)).to(torch.int32)
+        chosen, rejected = options.chosen[rows], options.rejected[rows]
+        wanted = torch.cat([chosen, rejected])
+        texts = [options.tokens[i] for i in wanted.tolist()]
+        reference = options.reference[wanted]
+        if with_loops:
+            texts += [options.loops[i] for i in chosen.tolist()]
+            reference = torch.cat([reference, options.loop_reference[chosen]])
+        packed = PackedOptions.pack(texts, device)
+        owners = users.repeat(len(texts) // max(1, len(rows)))
+        slots = packed.per_token(owners.to(device)).to(torch.int32)
         modulation = self.modulator.bind(generated, slots)
-        return answer_logprobs(decoder, packed, modulation), options.reference[wanted].to(device)
+        return answer_logprobs(decoder, packed, modulation), reference.to(device)
 
 
 def answer_logprobs(
@@ -213,11 +252,14 @@ def prepare_options(
     rejected = [index.setdefault((p.prompt, p.rejected), len(index)) for p in data.preferences]
     options = list(index)
     tokens = [model.option_tokens(prompt, completion) for prompt, completion in options]
-    described = [model.fingerprint, str(model.decoder.dtype), embedding.pooling, tokens]
+    draws = random.Random(0)
+    loops = [(prompt, loop_of(answer, draws)) for prompt, answer in tokens]
+    described = [model.fingerprint, str(model.decoder.dtype), embedding.pooling, tokens, loops]
     key = hashlib.sha256(json.dumps(described).encode()).hexdigest()
     found = _read_cache(cache, key)
     if found is None:
         found = _measure_options(model, embedding, tokens)
+        found["loop_reference"] = _reference_logprobs(model, loops)
         if cache is not None:
             cache.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(cache, save(found, metadata={"key": key}))
@@ -225,9 +267,42 @@ def prepare_options(
         tokens,
         found["embeddings"],
         found["reference"],
+        loops,
+        found["loop_reference"],
         torch.tensor(chosen),
         torch.tensor(rejected),
     )
+
+
+def loop_of(answer: Sequence[int], draws: random.Random) -> list[int]:
+    """An answer that goes round in circles: some first tokens, then a span of them over and over.
+
+    Half of the loops begin with the answer's very first tokens, which is where lists begin to
+    repeat their number.
+    """
+    words = list(answer[:-1]) or list(answer)
+    span = draws.randint(1, min(MAX_LOOP_SPAN, len(words)))
+    start = 0 if draws.random() < 0.5 else draws.randint(0, len(words) - span)
+    start = min(start, LOOP_TOKENS)
+    repeated = words[start : start + span]
+    times = -(-LOOP_TOKENS // len(repeated))
+    return words[:start] + repeated * times
+
+
+@torch.no_grad()
+def _reference_logprobs(
+    model: LanguageModel, options: Sequence[tuple[list[int], list[int]]]
+) -> torch.Tensor:
+    """log π_ref of every option ``[m]``, with progress."""
+    reference = torch.empty(len(options))
+    lengths = [len(prompt) + len(answer) for prompt, answer in options]
+    with Progress() as progress:
+        task = progress.add_task("reading their loops", total=len(options))
+        for batch in batches_by_tokens(lengths, MAX_BATCH_TOKENS):
+            packed = PackedOptions.pack([options[i] for i in batch], model.decoder.device)
+            reference[batch] = answer_logprobs(model.decoder, packed).cpu()
+            progress.advance(task, len(batch))
+    return reference
 
 
 @torch.no_grad()
@@ -296,6 +371,7 @@ def train_policy(config: PolicyConfig, model: LanguageModel) -> PolicyResult:
         options,
         beta=config.beta,
         nll_weight=config.nll_weight,
+        loop_weight=config.loop_weight,
     )
     outcome = fit(objective, tasks, config.train, collate=collate_rows)
     modulator.weaken(config.strength)
@@ -403,4 +479,4 @@ def _read_cache(cache: Path | None, key: str) -> dict[str, torch.Tensor] | None:
     with safe_open(str(cache), framework="pt") as file:
         if (file.metadata() or {}).get("key") != key:
             return None
-        return {name: file.get_tensor(name) for name in ("embeddings", "reference")}
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

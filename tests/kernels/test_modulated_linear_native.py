@@ -185,6 +185,7 @@ def packed(inputs):
     options = dict(splits=inputs.get("splits"), paired=inputs.get("epilogue", "none") != "none")
     changed = {**inputs, "weight": pack_matrix(inputs["weight"], **options)}
     if inputs.get("lora_b") is not None and inputs["family"] != "factors":
+        changed["lora_a"] = pack_matrix(inputs["lora_a"])
         changed["lora_b"] = pack_matrix(inputs["lora_b"], **options)
     return changed
 

@@ -34,7 +34,7 @@ def modulated_linear(
     x: Tensor,
     weight: Tensor | PackedMatrix,
     bias: Tensor | None = None,
-    lora_a: Tensor | None = None,
+    lora_a: Tensor | PackedMatrix | None = None,
     lora_b: Tensor | PackedMatrix | None = None,
     rows: Tensor | None = None,
     slots: Tensor | None = None,
@@ -62,8 +62,9 @@ def modulated_linear(
         x: [T,K] fp32, bf16, fp16 or fp64; rows may be strided.
         weight: [N,K], x.dtype. bias: [N], x.dtype, or None.
         lora_a: [S*R,K] (factors: [U,S*R,K]), lora_b: [N,R] (factors: [U,N,R]); x.dtype or fp32.
-            On a CPU weight and lora_b (not that of factors) may be what `pack_matrix` made of
-            them: that is what the native kernel reads; then there are no gradients.
+            On a CPU weight, lora_a and lora_b (not those of factors) may be what `pack_matrix`
+            made of them, lora_a without splits: that is what the native kernel reads; then there
+            are no gradients.
         rows: gated [U,S*R], core [U,S,R,R]; x.dtype or fp32; may be a strided view of a table.
         slots: [T] int32 in [0, U); needed by gated, core and factors. none and static do not
             depend on the user and take it without reading it.
@@ -99,9 +100,8 @@ def modulated_linear(
         epilogue=epilogue,
         backend=backend,
     )
-    if isinstance(weight, PackedMatrix) or isinstance(lora_b, PackedMatrix):
-        tensors = (x, bias, lora_a, rows)
-        if torch.compiler.is_compiling() or needs_grad(*tensors):
+    if any(isinstance(matrix, PackedMatrix) for matrix in (weight, lora_a, lora_b)):
+        if torch.compiler.is_compiling() or needs_grad(x, bias, rows):
             raise RuntimeError(
                 f"{_NAME}: weight: expected a tensor where a gradient or a compiled graph is "
                 "wanted, got a packed matrix"
@@ -116,7 +116,7 @@ def _prepare(
     x: Tensor,
     weight: Tensor | PackedMatrix,
     bias: Tensor | None = None,
-    lora_a: Tensor | None = None,
+    lora_a: Tensor | PackedMatrix | None = None,
     lora_b: Tensor | PackedMatrix | None = None,
     rows: Tensor | None = None,
     slots: Tensor | None = None,
@@ -154,9 +154,9 @@ def _prepare(
 
     factor_rank = 3 if family == "factors" else 2
     layouts = ("[U, S*R, K]", "[U, N, R]") if factor_rank == 3 else ("[S*R, K]", "[N, R]")
-    check_rank(_NAME, "lora_a", lora_a, layouts[0], factor_rank)
-    if factor_rank == 3 or not isinstance(lora_b, PackedMatrix):
-        check_rank(_NAME, "lora_b", lora_b, layouts[1], factor_rank)
+    for name, value, layout in (("lora_a", lora_a, layouts[0]), ("lora_b", lora_b, layouts[1])):
+        if factor_rank == 3 or not isinstance(value, PackedMatrix):
+            check_rank(_NAME, name, value, layout, factor_rank)
     assert lora_a is not None
     assert lora_b is not None
     if lora_b.shape[-1] == 0:
@@ -164,9 +164,7 @@ def _prepare(
     side_dtypes = (dtype, torch.float32)
     num_splits, rank = len(sizes), lora_b.shape[-1]
     users = tuple(lora_a.shape[:-2])
-    check_tensor(
-        _NAME, "lora_a", lora_a, (*users, num_splits * rank, in_features), side_dtypes, device
-    )
+    _check_matrix("lora_a", lora_a, (*users, num_splits * rank, in_features), side_dtypes, device)
     _check_matrix("lora_b", lora_b, (*users, out_features, rank), side_dtypes, device)
     if family in ("static", "factors"):
         if rows is not None:

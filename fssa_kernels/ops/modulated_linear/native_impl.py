@@ -25,7 +25,7 @@ def cannot_native(
     x: Tensor,
     weight: Tensor | PackedMatrix,
     bias: Tensor | None,
-    lora_a: Tensor | None,
+    lora_a: Tensor | PackedMatrix | None,
     lora_b: Tensor | PackedMatrix | None,
     rows: Tensor | None,
     slots: Tensor | None,
@@ -34,15 +34,16 @@ def cannot_native(
     epilogue: str,
 ) -> str | None:
     """Why the native kernel is unable to serve these inputs, or None."""
-    plain = {"x": x, "bias": bias, "lora_a": lora_a, "rows": rows, "slots": slots}
-    reason = unsupported(**plain)
+    reason = unsupported(x=x, bias=bias, rows=rows, slots=slots)
     if reason is not None:
         return reason
     if family == "core" and rows is not None and not rows[:1].is_contiguous():
         return f"one slot's part of rows is not contiguous (strides {rows.stride()})"
-    for name, matrix in (("weight", weight), ("lora_b", lora_b)):
+    for name, matrix in (("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b)):
         if isinstance(matrix, PackedMatrix):
-            if matrix.splits != tuple(splits) or matrix.paired != (epilogue != "none"):
+            if name != "lora_a" and (
+                matrix.splits != tuple(splits) or matrix.paired != (epilogue != "none")
+            ):
                 return (
                     f"{name} was packed for splits {matrix.splits} and epilogue "
                     f"{'some' if matrix.paired else 'none'}, not {tuple(splits)} and {epilogue!r}"
@@ -50,8 +51,8 @@ def cannot_native(
         elif matrix is not None and matrix.dtype not in DTYPE_CODES:
             return f"{name} is {matrix.dtype}, the kernel takes float32 and bfloat16"
     # Packing takes any strides; the factors of users are read where they lie.
-    if family == "factors" and isinstance(lora_b, Tensor):
-        return unsupported(lora_b=lora_b)
+    if family == "factors" and isinstance(lora_a, Tensor) and isinstance(lora_b, Tensor):
+        return unsupported(lora_a=lora_a, lora_b=lora_b)
     return None
 
 
@@ -59,7 +60,7 @@ def avoid_native(
     x: Tensor,
     weight: Tensor | PackedMatrix,
     bias: Tensor | None,
-    lora_a: Tensor | None,
+    lora_a: Tensor | PackedMatrix | None,
     lora_b: Tensor | PackedMatrix | None,
     rows: Tensor | None,
     slots: Tensor | None,
@@ -77,7 +78,7 @@ def modulated_linear_native(
     x: Tensor,
     weight: Tensor | PackedMatrix,
     bias: Tensor | None,
-    lora_a: Tensor | None,
+    lora_a: Tensor | PackedMatrix | None,
     lora_b: Tensor | PackedMatrix | None,
     rows: Tensor | None,
     slots: Tensor | None,
@@ -93,17 +94,21 @@ def modulated_linear_native(
     y = empty(x, (num_tokens, num_columns), x.dtype)
     rank = num_users = 0
     low_rank: Tensor | None = None
+    unmixed: Tensor | None = None
+    shrink: Tensor | PackedMatrix | None = None
     expand: Tensor | PackedMatrix | None = None
-    if lora_a is not None and lora_b is not None:
-        if family == "factors":
-            assert isinstance(lora_b, Tensor)
-            expand, rank = lora_b, lora_b.shape[-1]
-            num_users = lora_a.shape[0]
-        else:
-            expand = _packed(lora_b, splits, epilogue)
-            rank = expand.shape[1]
-            num_users = 0 if rows is None else rows.shape[0]
+    if family == "factors":
+        assert isinstance(lora_a, Tensor)
+        assert isinstance(lora_b, Tensor)
+        shrink, expand = lora_a, lora_b
+        rank, num_users = lora_b.shape[-1], lora_a.shape[0]
         low_rank = empty(x, (num_tokens, len(splits) * rank), torch.float32)
+    elif lora_a is not None and lora_b is not None:
+        shrink, expand = _packed(lora_a), _packed(lora_b, splits, epilogue)
+        rank, num_users = expand.shape[1], 0 if rows is None else rows.shape[0]
+        low_rank = empty(x, (num_tokens, len(splits) * rank), expand.dtype)
+        if family == "core":
+            unmixed = empty(x, (num_tokens, len(splits) * rank), torch.float32)
     call = NATIVE.modulated_linear(
         rows_of(x),
         y.data_ptr(),
@@ -114,13 +119,14 @@ def modulated_linear_native(
         DTYPE_CODES[x.dtype],
         packed.data.data_ptr(),
         address(bias),
-        _side(lora_a),
+        _side(shrink),
         _side(expand),
         _side(rows),
         address(slots),
         packed.halves.data_ptr(),
         len(packed.halves),
         address(low_rank),
+        address(unmixed),
         len(splits),
         in_features,
         rank,
@@ -128,7 +134,6 @@ def modulated_linear_native(
         _FAMILY_CODES[family],
         _EPILOGUE_CODES[epilogue],
     )
-    kept = expand.data if isinstance(expand, PackedMatrix) else expand
     launch(
         "modulated_linear",
         call,
@@ -136,18 +141,26 @@ def modulated_linear_native(
         packed.data,
         packed.halves,
         bias,
-        lora_a,
-        kept,
+        _memory(shrink),
+        _memory(expand),
         rows,
         slots,
     )
     return y
 
 
-def _packed(matrix: Tensor | PackedMatrix, splits: Sequence[int], epilogue: str) -> PackedMatrix:
+def _packed(
+    matrix: Tensor | PackedMatrix,
+    splits: Sequence[int] | None = None,
+    epilogue: str = "none",
+) -> PackedMatrix:
     if isinstance(matrix, PackedMatrix):
         return matrix
     return pack_matrix(matrix, splits=splits, paired=epilogue != "none")
+
+
+def _memory(matrix: Tensor | PackedMatrix | None) -> Tensor | None:
+    return matrix.data if isinstance(matrix, PackedMatrix) else matrix
 
 
 def _side(matrix: Tensor | PackedMatrix | None) -> tuple[int, int, int, int]:

@@ -14,7 +14,7 @@ def modulated_linear_ref(
     x: Tensor,
     weight: Tensor | PackedMatrix,
     bias: Tensor | None,
-    lora_a: Tensor | None,
+    lora_a: Tensor | PackedMatrix | None,
     lora_b: Tensor | PackedMatrix | None,
     rows: Tensor | None,
     slots: Tensor | None,
@@ -30,7 +30,7 @@ def modulated_linear_ref(
     """
     y = F.linear(x, unpacked(weight), bias)
     if lora_a is not None and lora_b is not None:
-        lora_b = unpacked(lora_b)
+        lora_a, lora_b = unpacked(lora_a), unpacked(lora_b)
         if family == "factors":
             assert slots is not None
             _add_factors(y, x, lora_a, lora_b, slots, splits)
