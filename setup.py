@@ -27,7 +27,8 @@ class BuildNative(build_ext):
             openmp = "-fopenmp" if self._compiles("-fopenmp") else "-fopenmp-simd"
             if openmp != "-fopenmp":
                 self.announce("fssa: this compiler has no OpenMP; the kernels run serially", 3)
-            flags = ["-O3", openmp]
+            # A row's bits must not depend on how the compiler fuses one loop and not another.
+            flags = ["-O3", "-ffp-contract=off", "-fvisibility=hidden", openmp]
         for extension in self.extensions:
             extension.extra_compile_args += flags
             extension.extra_link_args += [flag for flag in flags if flag == "-fopenmp"]
@@ -74,7 +75,7 @@ setup(
         Pybind11Extension(
             "fssa_kernels._native",
             sorted(["csrc/bindings.cpp", *(str(p) for p in Path("csrc/cpu").glob("*.cpp"))]),
-            depends=[str(p) for p in Path("csrc").rglob("*.h")],
+            depends=[str(p) for p in Path("csrc").rglob("*") if p.suffix in (".h", ".inl")],
             cxx_std=17,
         )
     ],

@@ -1,4 +1,4 @@
-"""Decoding on a CPU: this project, base only and modulated, beside engines without per-user weights.
+"""Decoding on a CPU, base only and modulated, beside engines that have no per-user weights.
 
     python -m benchmarks.cpu_decode --peers llama.cpp,vllm,hf,peft --batch 1,8,32 --json FILE
 
@@ -150,7 +150,10 @@ def gates(ours: Ours, prompt: list[int], batch: int) -> dict[str, Any]:
         ours.engines["all distinct"].generate([request])[0]
         for request in ours.requests("all distinct", batch, prompt, 24)
     ]
-    if any(a.tokens != b.tokens or a.logprobs != b.logprobs for a, b in zip(together, alone)):
+    if any(
+        a.tokens != b.tokens or a.logprobs != b.logprobs
+        for a, b in zip(together, alone, strict=True)
+    ):
         raise RuntimeError("gate: a row of the batch differs from the same user alone")
     distinct = len({tuple(c.logprobs) for c in together})
     if distinct != batch:

@@ -158,6 +158,52 @@ def implicit_reward() -> str:
     return "\n".join(lines)
 
 
+SIDES = {
+    "base only": "ours, base only",
+    "one user": "ours, one user",
+    "all distinct": "**ours, every row another user**",
+    "llama_cpp": "llama.cpp, BF16, base only",
+    "vllm": "vLLM on the CPU, base only",
+    "vllm_lora": "vLLM on the CPU, a LoRA of its own for each row",
+    "hf": "transformers, base only",
+    "peft": "PEFT, a LoRA of its own for each row",
+}
+
+
+def cpu_decode() -> str:
+    """Tokens a second of every side, and how many times as fast every row another user is."""
+    result = read("decode.json")
+    if result is None:
+        return NOT_MEASURED
+    columns = [(f"batch {b}", rows) for b, rows in result["summary"]["decode"].items()]
+    columns.append((f"prefill {result['prefill_tokens']}", result["summary"]["prefill"]))
+    lines = [f"| tokens/s | {' | '.join(title for title, _ in columns)} |"]
+    lines.append("|---|" + "---|" * len(columns))
+    for name, label in SIDES.items():
+        cells = []
+        for _, rows in columns:
+            if name not in rows:
+                cells.append(NOT_MEASURED)
+                continue
+            ratio = (
+                "" if name == "all distinct" else f" ({rows[name]['all_distinct_over_this']:.2f}×)"
+            )
+            cells.append(f"{rows[name]['tokens_per_s']:.0f}{ratio}")
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    shares = [
+        f"{rows['all distinct']['fraction_of_stream']:.0%} at {title}"
+        for title, rows in columns
+        if "fraction_of_stream" in rows["all distinct"]
+    ]
+    limit = max(entry["stream_bytes_per_s"] for entry in result["raw"]["limits"])
+    lines += [
+        "",
+        f"Of the {limit / 1e9:.1f} GB/s that the same threads read in the same run, every row "
+        f"another user uses {', '.join(shares)}.",
+    ]
+    return "\n".join(lines)
+
+
 def _plus_minus(value: dict[str, float], digits: int = 2) -> str:
     return f"{value['mean']:.{digits}f} ± {value['standard_error']:.{digits}f}"
 
@@ -166,6 +212,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo_texts": demo_texts,
     "demo_proof": demo_proof,
     "swap_test": swap_test,
+    "cpu_decode": cpu_decode,
     "synthetic": synthetic,
     "implicit_reward": implicit_reward,
 }

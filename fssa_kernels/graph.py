@@ -115,6 +115,8 @@ class _NativeRecorder:
         self._pool = _Pool()
         self._kept: dict[int, Tensor] = {}
         for dim, (name, tensors) in enumerate(inputs.items()):
+            if not tensors:
+                raise ValueError(f"StepGraph: {name}: expected at least one input, got none")
             for tensor in tensors:
                 if tensor.device.type != "cpu":
                     raise ValueError(f"StepGraph: expected inputs on the CPU, got {tensor.device}")
@@ -123,18 +125,18 @@ class _NativeRecorder:
                         f"StepGraph: {name}: expected {self.capacity[name]} rows in every input, "
                         f"got {tensor.shape[0]}"
                     )
-                self._dims[_start(tensor)] = dim
+                if self._dims.setdefault(_start(tensor), dim) != dim:
+                    other = list(inputs)[self._dims[_start(tensor)]]
+                    raise ValueError(
+                        f"StepGraph: {name}: expected memory of its own for every dimension, "
+                        f"got an input that shares memory with one of {other}"
+                    )
                 self._kept[_start(tensor)] = tensor
         self._limits = list(self.capacity.values())
 
     def rows(self, tensor: Tensor) -> Any:
         assert NATIVE is not None
-        dim = self._dims.get(_start(tensor))
-        if dim is None:
-            raise RecordingError(
-                f"StepGraph: a tensor of shape {tuple(tensor.shape)} is neither a static input "
-                "nor the result of a recorded op"
-            )
+        dim = self._dim(tensor)
         if tensor.shape[0] != self._limits[dim]:
             raise RecordingError(
                 f"StepGraph: expected {self._limits[dim]} rows, as the input this was computed "
@@ -143,16 +145,33 @@ class _NativeRecorder:
         return NATIVE.Rows(self.graph, dim)
 
     def empty(self, like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        dim = self._dim(like)
         tensor = self._pool.empty(shape, dtype)
-        self._dims[_start(tensor)] = self._dims[_start(like)]
+        self._dims[_start(tensor)] = dim
         return tensor
 
     def add(self, op: str, call: Any, tensors: tuple[Tensor | None, ...]) -> None:
+        for tensor in tensors:
+            # Indices are checked before a replay starts, when this one does not exist yet.
+            if tensor is not None and tensor.dtype == torch.int32 and self._pool.owns(tensor):
+                raise RecordingError(
+                    f"StepGraph: {op}: expected indices that are static inputs, got an index "
+                    "computed in the step"
+                )
         self.graph.add(call)
         self.names.append(op)
         for tensor in tensors:
             if tensor is not None and not self._pool.owns(tensor):
                 self._kept[_start(tensor)] = tensor
+
+    def _dim(self, tensor: Tensor) -> int:
+        dim = self._dims.get(_start(tensor))
+        if dim is None:
+            raise RecordingError(
+                f"StepGraph: a tensor of shape {tuple(tensor.shape)} is neither a static input "
+                "nor the result of a recorded op"
+            )
+        return dim
 
 
 def _start(tensor: Tensor) -> int:

@@ -36,12 +36,17 @@ _TOLERANCES = {
 }
 
 
+def _as_they_are(inputs: Inputs, backend: str) -> Inputs:
+    return inputs
+
+
 @dataclass(frozen=True)
 class OpCase:
     """One situation an op has to handle.
 
     `make(generator, dtype)` builds the inputs on the CPU; `differentiable` names the tensors that
-    may require a gradient; `work(inputs)` counts (bytes, flops).
+    may require a gradient; `work(inputs)` counts (bytes, flops); `prepare(inputs, backend)` is what
+    a user of that backend does once, when weights are loaded.
     """
 
     op: str
@@ -49,6 +54,7 @@ class OpCase:
     make: Callable[[torch.Generator, torch.dtype], Inputs]
     work: Callable[[Inputs], tuple[int, int]]
     differentiable: tuple[str, ...] = ()
+    prepare: Callable[[Inputs, str], Inputs] = _as_they_are
 
     def inputs(
         self, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0

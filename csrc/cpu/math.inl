@@ -59,8 +59,6 @@ FSSA_INLINE Vec exp(Vec x) {
   return scale_by_power(y, n);
 }
 
-FSSA_INLINE float exp_one(float x) { return largest(exp(broadcast(x))); }
-
 FSSA_INLINE Vec silu(Vec x) {
   const Vec one = broadcast(1.0f);
   return div(x, add(one, exp(sub(broadcast(0.0f), x))));

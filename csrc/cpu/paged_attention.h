@@ -7,7 +7,7 @@
 
 namespace fssa::cpu {
 
-constexpr int64_t kKeyBlock = 16;   // keys taken at once, one in each lane
+constexpr int64_t kKeyBlock = 64;   // keys whose softmax is taken at once, in four times 16 lanes
 constexpr int64_t kQueryRows = 96;  // query tokens x heads of one piece of work at most
 
 struct AttentionCall final : Call {

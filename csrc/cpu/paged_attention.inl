@@ -1,14 +1,14 @@
-// Kernel of paged attention. Keys are taken in blocks of 16 at absolute positions, one key in each
-// lane; a query row's softmax runs over its blocks in order. So a row's bits depend on its own keys
-// alone: not on the batch, nor on whether it is computed in decode or in any chunk of a prefill.
+// Kernel of paged attention. Keys are taken in blocks at absolute positions, one key in each lane; a
+// query row's softmax runs over its blocks in order. So a row's bits depend on its own keys alone:
+// not on the batch, nor on whether it is computed in decode or in any chunk of a prefill.
 namespace FSSA_ISA {
 
 struct AttentionScratch {
   float* out;      // [kQueryRows, padded D]
-  float* keys;     // the block turned round: [D][16], bf16 [D/2][16][2]
-  float* weights;  // [kQueryRows, 16]
+  float* keys;     // the block turned round, 16 keys at a time: [D][16], bf16 [D/2][16][2]
+  float* weights;  // [kQueryRows, kKeyBlock]
+  float* total;    // [kQueryRows, 16]
   float* maximum;  // [kQueryRows]
-  float* total;    // [kQueryRows]
 };
 
 // Query rows [0, num_rows) of one piece: row r is token first_token + r / heads, head
@@ -32,27 +32,19 @@ FSSA_INLINE void turn_round(float* to, const T* const* keys, int64_t dim) {
   for (; w + 16 <= whole; w += 16) {
     const void* rows[16];
     for (int j = 0; j < 16; ++j) rows[j] = reinterpret_cast<const uint32_t*>(keys[j]) + w;
-    transpose_words(rows, words + w * kKeyBlock);
+    transpose_words(rows, words + w * 16);
   }
   for (; w < whole; ++w) {
     for (int j = 0; j < 16; ++j) {
-      __builtin_memcpy(words + w * kKeyBlock + j, reinterpret_cast<const char*>(keys[j]) + 4 * w, 4);
+      __builtin_memcpy(words + w * 16 + j, reinterpret_cast<const char*>(keys[j]) + 4 * w, 4);
     }
   }
   if (dim * sizeof(T) % 4) {
     for (int j = 0; j < 16; ++j) {
-      words[w * kKeyBlock + j] = 0;
-      __builtin_memcpy(words + w * kKeyBlock + j, keys[j] + dim - 1, sizeof(T));
+      words[w * 16 + j] = 0;
+      __builtin_memcpy(words + w * 16 + j, keys[j] + dim - 1, sizeof(T));
     }
   }
-}
-
-template <int kRows, typename T>
-FSSA_INLINE void scores_of(const T* const* q, const float* keys, int64_t dim, Vec* out) {
-  Vec acc[kRows][1];
-  for (int r = 0; r < kRows; ++r) acc[r][0] = broadcast(0.0f);
-  accumulate(q, reinterpret_cast<const T*>(keys), dim, acc, kKeyBlock);
-  for (int r = 0; r < kRows; ++r) out[r] = acc[r][0];
 }
 
 // out[d] += sum_j weight[j] V[j][d] for kRows rows and 16 * kVecs channels.
@@ -96,11 +88,10 @@ FSSA_INLINE void mix_rows(const T* const* values, int64_t num, const float* weig
   }
 }
 
-// kRows rows of a piece against one block of keys.
+// weights[j] = scale q . k_j for kRows rows of a piece and every key of the block.
 template <int kRows, typename T>
-FSSA_NOINLINE void attend_rows(const AttentionCall& a, const AttentionPiece& piece,
-                               const AttentionScratch& s, int64_t row, int64_t first_key,
-                               const T* const* values, int64_t num_keys) {
+FSSA_NOINLINE void score_rows(const AttentionCall& a, const AttentionPiece& piece,
+                              const AttentionScratch& s, int64_t row, int64_t num_keys) {
   const int64_t padded = (a.head_dim + 15) / 16 * 16;
   const T* q[kRows];
   for (int r = 0; r < kRows; ++r) {
@@ -108,46 +99,63 @@ FSSA_NOINLINE void attend_rows(const AttentionCall& a, const AttentionPiece& pie
     q[r] = static_cast<const T*>(a.q) + (piece.first_token + token) * a.q_token_stride +
            (piece.first_head + head) * a.q_head_stride;
   }
-  Vec scores[kRows];
-  scores_of<kRows>(q, s.keys, a.head_dim, scores);
-  for (int r = 0; r < kRows; ++r) {
-    const int64_t position = piece.first_position + (row + r) / piece.heads;
-    const int64_t last = smaller(num_keys, position + 1 - first_key);
-    const int64_t first = a.window ? larger(0, position + 1 - a.window - first_key) : 0;
-    float* weights = s.weights + (row + r) * kKeyBlock;
-    if (first >= last) {  // this row sees no key of the block
-      store(weights, broadcast(0.0f));
-      continue;
+  for (int64_t first = 0; first < num_keys; first += 16) {
+    Vec acc[kRows][1];
+    for (int r = 0; r < kRows; ++r) acc[r][0] = broadcast(0.0f);
+    accumulate(q, reinterpret_cast<const T*>(s.keys + first * padded), a.head_dim, acc, 16);
+    for (int r = 0; r < kRows; ++r) {
+      store(s.weights + (row + r) * kKeyBlock + first, mul(acc[r][0], broadcast(a.scale)));
     }
-    const Vec scaled = keep_lanes(mul(scores[r], broadcast(a.scale)), first, last,
-                                  -__builtin_inff());
-    const float before = s.maximum[row + r], block = largest(scaled);
-    const float now = block > before ? block : before;
-    const Vec weight = exp(sub(scaled, broadcast(now)));
-    const float fade = before == now ? 1.0f : exp_one(before - now);
-    if (before != now) {
-      float* out = s.out + (row + r) * padded;
-      for (int64_t d = 0; d < padded; d += 16) store(out + d, mul(load(out + d), broadcast(fade)));
-    }
-    store(weights, keep_lanes(weight, first, last, 0.0f));
-    s.total[row + r] = s.total[row + r] * fade + sum(load(weights));
-    s.maximum[row + r] = now;
   }
-  mix_rows<kRows>(values, num_keys, s.weights + row * kKeyBlock, s.out + row * padded, padded,
-                  a.head_dim);
 }
 
 template <int kRows, typename T>
-FSSA_INLINE void attend_rows_of(int64_t rows, const AttentionCall& a, const AttentionPiece& piece,
-                                const AttentionScratch& s, int64_t row, int64_t first_key,
-                                const T* const* values, int64_t num_keys) {
+FSSA_INLINE void score_rows_of(int64_t rows, const AttentionCall& a, const AttentionPiece& piece,
+                               const AttentionScratch& s, int64_t row, int64_t num_keys) {
   if constexpr (kRows > 1) {
     if (rows < kRows) {
-      attend_rows_of<kRows - 1>(rows, a, piece, s, row, first_key, values, num_keys);
+      score_rows_of<kRows - 1, T>(rows, a, piece, s, row, num_keys);
       return;
     }
   }
-  attend_rows<kRows>(a, piece, s, row, first_key, values, num_keys);
+  score_rows<kRows, T>(a, piece, s, row, num_keys);
+}
+
+// One row's softmax takes the block in: scores become weights, and what was summed before fades.
+FSSA_INLINE void soften_row(const AttentionCall& a, const AttentionPiece& piece,
+                            const AttentionScratch& s, int64_t row, int64_t first_key,
+                            int64_t num_keys) {
+  const int64_t padded = (a.head_dim + 15) / 16 * 16;
+  const int64_t seen = piece.first_position + row / piece.heads + 1;
+  const int64_t last = smaller(num_keys, seen - first_key);
+  const int64_t first = a.window ? larger(0, seen - a.window - first_key) : 0;
+  float* weights = s.weights + row * kKeyBlock;
+  if (first >= last) {  // this row sees no key of the block
+    for (int64_t j = 0; j < num_keys; j += 16) store(weights + j, broadcast(0.0f));
+    return;
+  }
+  Vec highest = broadcast(-__builtin_inff());
+  for (int64_t j = 0; j < num_keys; j += 16) {
+    const Vec score = keep_lanes(load(weights + j), first - j, last - j, -__builtin_inff());
+    highest = max(score, highest);
+  }
+  const float before = s.maximum[row], block = largest(highest);
+  const float now = block > before ? block : before;
+  Vec total = load(s.total + row * 16);
+  if (before != now) {
+    const Vec fade = exp(broadcast(before - now));
+    total = mul(total, fade);
+    float* out = s.out + row * padded;
+    for (int64_t d = 0; d < padded; d += 16) store(out + d, mul(load(out + d), fade));
+  }
+  for (int64_t j = 0; j < num_keys; j += 16) {
+    const Vec weight = exp(sub(load(weights + j), broadcast(now)));
+    const Vec kept = keep_lanes(weight, first - j, last - j, 0.0f);
+    store(weights + j, kept);
+    total = add(total, kept);
+  }
+  store(s.total + row * 16, total);
+  s.maximum[row] = now;
 }
 
 template <typename T>
@@ -158,7 +166,7 @@ FSSA_INLINE void attend(const AttentionCall& a, const AttentionPiece& piece,
   for (int64_t i = 0; i < num_rows * padded; i += 16) store(s.out + i, broadcast(0.0f));
   for (int64_t r = 0; r < num_rows; ++r) {
     s.maximum[r] = -__builtin_inff();
-    s.total[r] = 0.0f;
+    store(s.total + r * 16, broadcast(0.0f));
   }
   const int64_t kv_head = piece.first_head / (a.num_heads / a.num_kv_heads);
   const int32_t* pages = a.block_tables + piece.sequence * a.block_stride;
@@ -174,7 +182,7 @@ FSSA_INLINE void attend(const AttentionCall& a, const AttentionPiece& piece,
     int64_t page = 0;  // what leads from a position times `entry` to its place in the cache
     // Keys before the window lie in pages that nobody promised, and past the end there are none:
     // the nearest key stands in for them, and its weight there is zero.
-    for (int64_t j = 0; j < kKeyBlock; ++j) {
+    for (int64_t j = 0; j < (num + 15) / 16 * 16; ++j) {
       const int64_t at = larger(oldest, smaller(first + j, num_keys - 1));
       if (j == 0 || at % a.page_size == 0 || at == oldest) {
         page = (pages[at / a.page_size] * a.page_size - at / a.page_size * a.page_size) * entry;
@@ -182,10 +190,20 @@ FSSA_INLINE void attend(const AttentionCall& a, const AttentionPiece& piece,
       keys[j] = k_cache + page + at * entry;
       values[j] = v_cache + page + at * entry;
     }
-    turn_round(s.keys, keys, a.head_dim);
-    constexpr int kTile = kMaxRows < 4 ? kMaxRows : 4;
-    for (int64_t row = 0; row < num_rows; row += kTile) {
-      attend_rows_of<kTile, T>(num_rows - row, a, piece, s, row, first, values, num);
+    for (int64_t j = 0; j < num; j += 16) turn_round(s.keys + j * padded, keys + j, a.head_dim);
+    constexpr int kScoreRows = kMaxRows < 8 ? kMaxRows : 8, kMixRows = kMaxRows < 8 ? 1 : 4;
+    for (int64_t row = 0; row < num_rows; row += kScoreRows) {
+      score_rows_of<kScoreRows, T>(num_rows - row, a, piece, s, row, num);
+    }
+    for (int64_t row = 0; row < num_rows; ++row) soften_row(a, piece, s, row, first, num);
+    int64_t row = 0;
+    for (; row + kMixRows <= num_rows; row += kMixRows) {
+      mix_rows<kMixRows>(values, num, s.weights + row * kKeyBlock, s.out + row * padded, padded,
+                         a.head_dim);
+    }
+    for (; row < num_rows; ++row) {
+      mix_rows<1>(values, num, s.weights + row * kKeyBlock, s.out + row * padded, padded,
+                  a.head_dim);
     }
   }
   for (int64_t r = 0; r < num_rows; ++r) {
@@ -193,7 +211,7 @@ FSSA_INLINE void attend(const AttentionCall& a, const AttentionPiece& piece,
              ((piece.first_token + r / piece.heads) * a.num_heads + piece.first_head +
               r % piece.heads) *
                  a.head_dim;
-    const Vec inverse = broadcast(1.0f / s.total[r]);
+    const Vec inverse = broadcast(1.0f / sum(load(s.total + r * 16)));
     for (int64_t d = 0; d < a.head_dim; d += 16) {
       store_up_to(out + d, mul(load(s.out + r * padded + d), inverse), a.head_dim - d);
     }
@@ -209,8 +227,8 @@ void attention(const AttentionCall& a, Team& team) {
   s.out = a.scratch + team.index() * AttentionCall::thread_scratch(a.head_dim);
   s.keys = s.out + kQueryRows * padded;
   s.weights = s.keys + kKeyBlock * padded;
-  s.maximum = s.weights + kQueryRows * kKeyBlock;
-  s.total = s.maximum + kQueryRows;
+  s.total = s.weights + kQueryRows * kKeyBlock;
+  s.maximum = s.total + kQueryRows * 16;
   // One KV head's query heads share its keys, unless that would leave a thread with less than its
   // part. Which rows share a piece does not change them.
   int64_t heads = groups;

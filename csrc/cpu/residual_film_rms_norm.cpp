@@ -5,7 +5,8 @@
 namespace fssa::cpu {
 
 void NormCall::check() const {
-  if (film == nullptr) return;
+  // Not asked of `film`: the memory of a table of no users is null too.
+  if (slots == nullptr) return;
   IndexCheck{"residual_film_rms_norm", "slots", slots, 0, num_users}.run(count.get());
 }
 

@@ -15,7 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from typing_extensions import Self
 
 from ..models.config import DecoderConfig
+from .modulation import LinearFamily
 
+Family = LinearFamily | Literal["film"]
 LinearName = Literal["q", "k", "v", "o", "gate", "up", "down"]
 LINEARS: tuple[LinearName, ...] = ("q", "k", "v", "o", "gate", "up", "down")
 # Linears that share their input are one stacked matrix, and one site.
@@ -37,7 +39,7 @@ class FamilyConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    family: Literal["static", "gated", "core", "factors", "film"]
+    family: Family
     sites: tuple[LinearName, ...] = ()
     rank: int = Field(default=0, ge=0)
 
@@ -88,7 +90,7 @@ class Site:
 
     layer: int
     group: str
-    family: str
+    family: Family
     rank: int
     projections: tuple[LinearName, ...]
     splits: tuple[int, ...]

@@ -107,7 +107,7 @@ def modulated_linear(
                 "wanted, got a packed matrix"
             )
         return _OP.compute(*inputs, chosen_epilogue, chosen_backend)
-    if chosen_epilogue != "none" and needs_grad(x, weight, bias, lora_a, lora_b, rows):
+    if chosen_epilogue != "none" and needs_grad(*inputs[:6]):
         return apply_epilogue(_OP(*inputs, "none", chosen_backend), chosen_epilogue)
     return _OP(*inputs, chosen_epilogue, chosen_backend)
 

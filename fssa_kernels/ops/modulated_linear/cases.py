@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fssa_kernels.packed import pack_matrix
 from fssa_kernels.testing import Inputs, OpCase, mixed_slots, normal, num_bytes, within_wider
 
 
@@ -77,6 +78,17 @@ def _work(inputs: Inputs) -> tuple[int, int]:
     return total, flops
 
 
+def _prepare(inputs: Inputs, backend: str) -> Inputs:
+    if backend != "native":
+        return inputs
+    options = {"splits": inputs["splits"], "paired": inputs["epilogue"] != "none"}
+    packed = {**inputs, "weight": pack_matrix(inputs["weight"], **options)}
+    if inputs["family"] not in ("none", "factors"):
+        packed["lora_a"] = pack_matrix(inputs["lora_a"])
+        packed["lora_b"] = pack_matrix(inputs["lora_b"], **options)
+    return packed
+
+
 _CASES = {
     "none": _Sizes("none"),
     "none-bias-odd": _Sizes("none", num_tokens=3, in_features=65, splits=(19,), bias=True),
@@ -106,9 +118,32 @@ _CASES = {
 
 def cases() -> Iterator[OpCase]:
     """Every case of modulated_linear."""
-    for name, sizes in _CASES.items():
-        tensors = ["x", "weight"]
-        tensors += ["bias"] if sizes.bias else []
-        tensors += ["lora_a", "lora_b"] if sizes.family != "none" else []
-        tensors += ["rows"] if sizes.family in ("gated", "core") else []
-        yield OpCase("modulated_linear", name, sizes.make, _work, tuple(tensors))
+    return (_case(name, sizes) for name, sizes in _CASES.items())
+
+
+def _case(name: str, sizes: _Sizes) -> OpCase:
+    tensors = ["x", "weight"]
+    tensors += ["bias"] if sizes.bias else []
+    tensors += ["lora_a", "lora_b"] if sizes.family != "none" else []
+    tensors += ["rows"] if sizes.family in ("gated", "core") else []
+    return OpCase("modulated_linear", name, sizes.make, _work, tuple(tensors), _prepare)
+
+
+def _shapes_135m() -> Iterator[OpCase]:
+    linears: dict[str, tuple[int, tuple[int, ...], str]] = {
+        "qkv": (576, (576, 192, 192), "none"),
+        "o": (576, (576,), "none"),
+        "gate_up": (576, (1536, 1536), "silu_mul"),
+        "down": (1536, (576,), "none"),
+    }
+    for name, (in_features, splits, epilogue) in linears.items():
+        for family in ("none", "gated"):
+            for num_tokens in (1, 8, 32):
+                sizes = _Sizes(
+                    family, num_tokens, in_features, splits, 16, num_tokens + 1, epilogue
+                )
+                yield _case(f"135m-{name}-{family}-{num_tokens}", sizes)
+
+
+SHAPES_135M = tuple(_shapes_135m())
+"""The linears of a decode step of a 135M model: what benchmarks time beside the cases."""
