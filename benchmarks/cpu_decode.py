@@ -37,6 +37,7 @@ from fssa_runtime.engine.engine import Engine
 from fssa_runtime.models.language_model import LanguageModel
 from fssa_runtime.models.pull import DEFAULT_MODEL
 from fssa_runtime.request import Completion, Request, SamplingParams
+from fssa_runtime.threads import set_threads
 
 OURS = ("base only", "one user", "all distinct")
 SITES = ("q", "k", "v", "o", "gate", "up", "down")
@@ -336,7 +337,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--prefill-tokens", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=None, help="default: torch's own number")
+    parser.add_argument("--threads", type=int, default=None, help="default: physical cores")
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--json", type=Path, help="where the result goes")
     options = parser.parse_args(arguments)
@@ -360,8 +361,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if NATIVE is None:
         console.print("the native kernels are not built: nothing to measure")
         return 1
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    set_threads(options.threads)
     model = LanguageModel.load(options.model, dtype="bfloat16", show_progress=True)
     prompt = model.chat_tokens(PROMPT)
     long_prompt = (prompt * (options.prefill_tokens // len(prompt) + 1))[: options.prefill_tokens]

@@ -140,7 +140,9 @@ std::shared_ptr<Call> rope_kv_write(const Rows& rows, Address rotated, const Hea
                                     Address v_cache, int code, Address cos_sin, Address positions,
                                     Address kv_slots, int64_t num_heads, int64_t num_kv_heads,
                                     int64_t head_dim, int64_t rotary_dim, int64_t num_positions,
-                                    int64_t num_kv_slots) {
+                                    int64_t num_kv_slots, Address q_norm, int q_norm_dtype,
+                                    Address k_norm, int k_norm_dtype, float eps,
+                                    float weight_offset) {
   auto call = std::make_shared<RopeCall>();
   call->count = rows.count;
   call->rotated = out<void>(rotated);
@@ -159,6 +161,10 @@ std::shared_ptr<Call> rope_kv_write(const Rows& rows, Address rotated, const Hea
   call->rotary_dim = rotary_dim;
   call->num_positions = num_positions;
   call->num_kv_slots = num_kv_slots;
+  call->q_norm = {in<void>(q_norm), dtype(q_norm_dtype)};
+  call->k_norm = {in<void>(k_norm), dtype(k_norm_dtype)};
+  call->eps = eps;
+  call->weight_offset = weight_offset;
   return call;
 }
 
@@ -244,6 +250,7 @@ PYBIND11_MODULE(_native, m) {
         py::arg("num_threads"), "Time to read that memory once.");
   m.def("panel_bytes", [](int code, int64_t k) { return panel_bytes(dtype(code), k); });
   m.def("attention_scratch", &AttentionCall::thread_scratch, py::arg("head_dim"));
+  m.attr("MAX_NORMED_HEAD") = kMaxNormedHead;
   m.attr("HALF_COLUMNS") = kHalfColumns;
   m.attr("SAMPLE_CHUNK") = kSampleChunk;
   m.def(

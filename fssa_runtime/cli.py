@@ -23,6 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     command: Command = arguments.run
     try:
+        from .threads import set_threads
+
+        set_threads(arguments.threads)
         command(arguments)
     except KeyboardInterrupt:
         print("fssa: interrupted", file=sys.stderr)
@@ -47,6 +50,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Few-shot steerable alignment: a different user's weights in every row.",
     )
     parser.add_argument("--version", action="version", version=f"fssa {__version__}")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="compute threads (default: OMP_NUM_THREADS, else the physical cores there are)",
+    )
     parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_demo(commands)

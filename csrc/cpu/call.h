@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "../common/dtype.h"
 #include "threads.h"
@@ -26,10 +27,6 @@ struct IndexCheck {
   int64_t low;
   int64_t high;
 
-  bool operator==(const IndexCheck& other) const {
-    return values == other.values && low == other.low && high == other.high;
-  }
-
   // Throws std::invalid_argument that names the first value out of range.
   void run(int64_t count) const {
     for (int64_t t = 0; t < count; ++t) {
@@ -42,6 +39,8 @@ struct IndexCheck {
   }
 };
 
+inline int64_t key(const void* address) { return reinterpret_cast<int64_t>(address); }
+
 class Call {
  public:
   virtual ~Call() = default;
@@ -49,6 +48,9 @@ class Call {
   // Throws std::invalid_argument for indices that would lead outside the call's memory. Runs on
   // one thread, before anything is written.
   virtual void check() const = 0;
+
+  // Calls of one op with equal keys check the same memory against the same bounds.
+  virtual std::vector<int64_t> check_key() const = 0;
 
   // This thread's part of the work. Every thread of the team calls it, in the same order of calls.
   virtual void run(Team& team) const = 0;

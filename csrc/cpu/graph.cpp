@@ -1,8 +1,15 @@
 #include "graph.h"
 
 #include <chrono>
+#include <typeinfo>
 
 namespace fssa::cpu {
+
+void Graph::add(std::shared_ptr<const Call> call) {
+  const Call& added = *call;
+  if (keys_.emplace(typeid(added), added.check_key()).second) checked_.push_back(&added);
+  calls_.push_back(std::move(call));
+}
 
 void Graph::prepare(const std::vector<int64_t>& dims) {
   if (dims.size() != dims_.size()) {
@@ -11,7 +18,7 @@ void Graph::prepare(const std::vector<int64_t>& dims) {
   }
   // In place: the calls hold the addresses.
   for (size_t i = 0; i < dims.size(); ++i) dims_[i] = dims[i];
-  for (const auto& call : calls_) call->check();
+  for (const Call* call : checked_) call->check();
 }
 
 void Graph::replay(const std::vector<int64_t>& dims, int num_threads) {

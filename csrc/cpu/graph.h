@@ -3,6 +3,9 @@
 
 #include <cstdint>
 #include <memory>
+#include <set>
+#include <typeindex>
+#include <utility>
 #include <vector>
 
 #include "call.h"
@@ -16,7 +19,7 @@ class Graph {
   // Where the calls find dimension `dim` when they run.
   const int64_t* dim(int64_t dim) const { return &dims_.at(dim); }
 
-  void add(std::shared_ptr<const Call> call) { calls_.push_back(std::move(call)); }
+  void add(std::shared_ptr<const Call> call);
   int64_t size() const { return static_cast<int64_t>(calls_.size()); }
 
   // Runs every call in order, on these dimensions. Throws std::invalid_argument, before anything
@@ -31,6 +34,8 @@ class Graph {
 
   std::vector<int64_t> dims_;
   std::vector<std::shared_ptr<const Call>> calls_;
+  std::vector<const Call*> checked_;  // one of all that check the same
+  std::set<std::pair<std::type_index, std::vector<int64_t>>> keys_;
 };
 
 }  // namespace fssa::cpu

@@ -67,11 +67,20 @@ void TakeRowsCall::check() const {
   IndexCheck{"take_rows", "index", index, 0, num_rows}.run(count.get());
 }
 
+std::vector<int64_t> TakeRowsCall::check_key() const {
+  return {key(index), num_rows, key(count.variable), count.fixed};
+}
+
 void TakeRowsCall::run(Team& team) const { kernels().take_rows(*this, team); }
 
 void ModulatedLinearCall::check() const {
   if (slots == nullptr || family == Family::kNone || family == Family::kStatic) return;
   IndexCheck{"modulated_linear", "slots", slots, 0, num_users}.run(count.get());
+}
+
+std::vector<int64_t> ModulatedLinearCall::check_key() const {
+  const bool unread = slots == nullptr || family == Family::kNone || family == Family::kStatic;
+  return {key(unread ? nullptr : slots), num_users, key(count.variable), count.fixed};
 }
 
 void ModulatedLinearCall::run(Team& team) const { kernels().modulated_linear(*this, team); }

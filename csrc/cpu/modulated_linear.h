@@ -52,6 +52,7 @@ struct TakeRowsCall final : Call {
   RowCount count;
 
   void check() const override;
+  std::vector<int64_t> check_key() const override;
   void run(Team& team) const override;
 };
 
@@ -89,6 +90,7 @@ struct ModulatedLinearCall final : Call {
 
   int64_t width() const { return num_splits * rank; }
   void check() const override;
+  std::vector<int64_t> check_key() const override;
   void run(Team& team) const override;
 };
 

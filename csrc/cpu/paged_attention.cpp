@@ -36,6 +36,21 @@ void AttentionCall::check() const {
   }
 }
 
+std::vector<int64_t> AttentionCall::check_key() const {
+  return {key(block_tables),
+          block_stride,
+          key(kv_lens),
+          key(q_indptr),
+          num_pages,
+          page_size,
+          max_pages,
+          window,
+          key(num_tokens.variable),
+          num_tokens.fixed,
+          key(num_sequences.variable),
+          num_sequences.fixed};
+}
+
 void AttentionCall::run(Team& team) const { kernels().attention(*this, team); }
 
 }  // namespace fssa::cpu

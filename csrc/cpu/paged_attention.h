@@ -36,6 +36,7 @@ struct AttentionCall final : Call {
 
   static int64_t thread_scratch(int64_t head_dim);
   void check() const override;
+  std::vector<int64_t> check_key() const override;
   void run(Team& team) const override;
 };
 

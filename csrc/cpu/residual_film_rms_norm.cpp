@@ -10,6 +10,10 @@ void NormCall::check() const {
   IndexCheck{"residual_film_rms_norm", "slots", slots, 0, num_users}.run(count.get());
 }
 
+std::vector<int64_t> NormCall::check_key() const {
+  return {key(slots), num_users, key(count.variable), count.fixed};
+}
+
 void NormCall::run(Team& team) const { kernels().norm(*this, team); }
 
 }  // namespace fssa::cpu

@@ -28,6 +28,7 @@ struct NormCall final : Call {
   RowCount count;
 
   void check() const override;
+  std::vector<int64_t> check_key() const override;
   void run(Team& team) const override;
 };
 

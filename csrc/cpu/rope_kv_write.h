@@ -1,4 +1,5 @@
-// Rotary positions for q and k, and the write of k and v into the paged cache.
+// Optional RMS norm of every head of q and k, rotary positions, and the write of k and v into the
+// paged cache.
 #pragma once
 
 #include <cstdint>
@@ -14,6 +15,14 @@ struct Heads {
   int64_t head_stride = 0;
 };
 
+constexpr int64_t kMaxNormedHead = 1024;  // D at most where there is a norm
+
+// Weight [D] of a norm over a head, or no data.
+struct HeadNorm {
+  const void* weight = nullptr;
+  DType dtype = DType::kFloat32;
+};
+
 struct RopeCall final : Call {
   void* rotated = nullptr;  // [T,H,D] contiguous
   Heads q;                  // [T,H,D]
@@ -22,6 +31,10 @@ struct RopeCall final : Call {
   void* k_cache = nullptr;  // [num_pages * P, Hkv, D] contiguous
   void* v_cache = nullptr;
   DType dtype = DType::kFloat32;  // of the above
+  HeadNorm q_norm;
+  HeadNorm k_norm;
+  float eps = 0.0f;            // of both norms
+  float weight_offset = 0.0f;
   const float* cos_sin = nullptr;  // [max_positions, rotary_dim]
   const int32_t* positions = nullptr;
   const int32_t* kv_slots = nullptr;  // page * P + offset; -1: not stored
@@ -34,6 +47,7 @@ struct RopeCall final : Call {
   RowCount count;
 
   void check() const override;
+  std::vector<int64_t> check_key() const override;
   void run(Team& team) const override;
 };
 

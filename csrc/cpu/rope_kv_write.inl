@@ -16,16 +16,38 @@ FSSA_INLINE void rotate(const T* x, T* y, const float* cos_sin, int64_t rotary_d
   for (int64_t i = rotary_dim; i < head_dim; ++i) y[i] = x[i];
 }
 
+// x / rms(x) * (weight + offset) into `normed`, rounded to T; x itself without a norm.
+template <typename T>
+FSSA_INLINE const T* normalised(const RopeCall& a, const HeadNorm& norm, const T* x, T* normed) {
+  if (norm.weight == nullptr) return x;
+  Vec squares = broadcast(0.0f);
+  for (int64_t i = 0; i < a.head_dim; i += 16) {
+    const Vec value = load_up_to(x + i, a.head_dim - i);
+    squares = fma(value, value, squares);
+  }
+  const Vec mean = broadcast(sum(squares) / static_cast<float>(a.head_dim) + a.eps);
+  const Vec inverse = div(broadcast(1.0f), square_root(mean));
+  for (int64_t i = 0; i < a.head_dim; i += 16) {
+    const int64_t left = smaller(16, a.head_dim - i);
+    const Vec weight = add(load_first_as(norm.weight, norm.dtype, i, left),
+                           broadcast(a.weight_offset));
+    store_up_to(normed + i, mul(mul(load_up_to(x + i, left), inverse), weight), left);
+  }
+  return normed;
+}
+
 template <typename T>
 void rope(const RopeCall& a, Team& team) {
   const Range mine = team.share(a.count.get());
   const int64_t kv_width = a.num_kv_heads * a.head_dim;
+  T normed[kMaxNormedHead];
   for (int64_t t = mine.first; t < mine.last; ++t) {
     const float* cos_sin = a.cos_sin + a.positions[t] * a.rotary_dim;
     const T* q = static_cast<const T*>(a.q.data) + t * a.q.token_stride;
     T* rotated = static_cast<T*>(a.rotated) + t * a.num_heads * a.head_dim;
     for (int64_t h = 0; h < a.num_heads; ++h) {
-      rotate(q + h * a.q.head_stride, rotated + h * a.head_dim, cos_sin, a.rotary_dim, a.head_dim);
+      const T* head = normalised(a, a.q_norm, q + h * a.q.head_stride, normed);
+      rotate(head, rotated + h * a.head_dim, cos_sin, a.rotary_dim, a.head_dim);
     }
     if (a.kv_slots[t] < 0) continue;
     const T* k = static_cast<const T*>(a.k.data) + t * a.k.token_stride;
@@ -33,7 +55,8 @@ void rope(const RopeCall& a, Team& team) {
     T* k_cache = static_cast<T*>(a.k_cache) + a.kv_slots[t] * kv_width;
     T* v_cache = static_cast<T*>(a.v_cache) + a.kv_slots[t] * kv_width;
     for (int64_t h = 0; h < a.num_kv_heads; ++h) {
-      rotate(k + h * a.k.head_stride, k_cache + h * a.head_dim, cos_sin, a.rotary_dim, a.head_dim);
+      const T* head = normalised(a, a.k_norm, k + h * a.k.head_stride, normed);
+      rotate(head, k_cache + h * a.head_dim, cos_sin, a.rotary_dim, a.head_dim);
       for (int64_t i = 0; i < a.head_dim; ++i) {
         v_cache[h * a.head_dim + i] = v[h * a.v.head_stride + i];
       }

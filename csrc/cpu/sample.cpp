@@ -87,6 +87,10 @@ void SampleCall::check() const {
   IndexCheck{"sample", "forced", forced, -1, vocab_size}.run(count.get());
 }
 
+std::vector<int64_t> SampleCall::check_key() const {
+  return {key(forced), vocab_size, key(count.variable), count.fixed};
+}
+
 void SampleCall::run(Team& team) const {
   const int64_t batch = count.get(), chunks = num_chunks();
   const Kernels& set = kernels();

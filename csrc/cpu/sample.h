@@ -35,6 +35,7 @@ struct SampleCall final : Call {
 
   int64_t num_chunks() const { return (vocab_size + kSampleChunk - 1) / kSampleChunk; }
   void check() const override;
+  std::vector<int64_t> check_key() const override;
   void run(Team& team) const override;
 };
 

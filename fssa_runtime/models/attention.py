@@ -7,13 +7,22 @@ The decoder calls ``attend`` and does not know which it has. `PagedAttention` se
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 
 from fssa_kernels import paged_attention, rope_kv_write
-from fssa_kernels.ops.rope_kv_write.reference import apply_rope
+from fssa_kernels.ops.rope_kv_write.reference import apply_rope, head_norm
+
+
+class HeadNorms(NamedTuple):
+    """RMS norms of every head of q and k before the rotation; arguments of `rope_kv_write`."""
+
+    q_norm: torch.Tensor
+    k_norm: torch.Tensor
+    eps: float
+    weight_offset: float
 
 
 class Attention(Protocol):
@@ -28,8 +37,9 @@ class Attention(Protocol):
         positions: torch.Tensor,
         cos_sin: torch.Tensor,
         window: int,
+        norms: HeadNorms | None = None,
     ) -> torch.Tensor:
-        """Rotate ``q [T,H,D]`` and ``k [T,Hkv,D]``, attend causally, return ``[T,H,D]``."""
+        """Normalise and rotate ``q [T,H,D]`` and ``k [T,Hkv,D]``, attend causally: ``[T,H,D]``."""
         ...
 
 
@@ -57,9 +67,13 @@ class PagedAttention:
         positions: torch.Tensor,
         cos_sin: torch.Tensor,
         window: int,
+        norms: HeadNorms | None = None,
     ) -> torch.Tensor:
         k_cache, v_cache = self.k_cache[layer], self.v_cache[layer]
-        rotated = rope_kv_write(q, k, v, positions, cos_sin, k_cache, v_cache, self.kv_slots)
+        settings = {} if norms is None else norms._asdict()
+        rotated = rope_kv_write(
+            q, k, v, positions, cos_sin, k_cache, v_cache, self.kv_slots, **settings
+        )
         return paged_attention(
             rotated,
             k_cache,
@@ -90,7 +104,11 @@ class PackedAttention:
         positions: torch.Tensor,
         cos_sin: torch.Tensor,
         window: int,
+        norms: HeadNorms | None = None,
     ) -> torch.Tensor:
+        if norms is not None:
+            q = head_norm(q, norms.q_norm, norms.eps, norms.weight_offset)
+            k = head_norm(k, norms.k_norm, norms.eps, norms.weight_offset)
         q, k = apply_rope(q, positions, cos_sin), apply_rope(k, positions, cos_sin)
         parts = zip(*(t.transpose(0, 1).split(self.lengths, dim=1) for t in (q, k, v)), strict=True)
         outs = [_causal(*part, window=window) for part in parts]

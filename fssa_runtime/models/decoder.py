@@ -22,7 +22,7 @@ from fssa_kernels import (
 from fssa_kernels.native import DTYPE_CODES, NATIVE
 
 from ..conditioning.modulation import LinearModulation, Modulation
-from .attention import Attention
+from .attention import Attention, HeadNorms
 from .config import DecoderConfig
 
 
@@ -84,10 +84,12 @@ class DecoderLayer(nn.Module):
             part.unflatten(-1, (-1, config.head_dim))
             for part in qkv.split(config.qkv_splits, dim=-1)
         )
+        norms = None
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self._head_norm(q, self.q_norm), self._head_norm(k, self.k_norm)
+            # The offset of the block norms is not theirs.
+            norms = HeadNorms(self.q_norm, self.k_norm, config.norm_eps, 0.0)
         window = config.windows[self.index]
-        out = attention.attend(self.index, q, k, v, positions, cos_sin, window)
+        out = attention.attend(self.index, q, k, v, positions, cos_sin, window, norms)
         return self._linear("o", out.flatten(1), modulation)
 
     def mlp(self, x: torch.Tensor, modulation: Modulation | None) -> torch.Tensor:
@@ -107,11 +109,6 @@ class DecoderLayer(nn.Module):
             ("gate_up_weight", config.gate_up_splits, True),
             ("down_weight", None, False),
         ]
-
-    def _head_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        flat = x.reshape(-1, self.config.head_dim)
-        normed, _ = residual_film_rms_norm(flat, None, weight, eps=self.config.norm_eps)
-        return normed.view(x.shape)
 
     def _linear(
         self,

@@ -83,6 +83,19 @@ def rope_oracle(x, positions, cos_sin) -> Tensor:
     return torch.cat([turned.real, turned.imag, x[..., 2 * half :]], dim=-1)
 
 
+def head_norm_oracle(inputs, name) -> Tensor:
+    """q or k of rope_kv_write's inputs as the rotation sees it: normalised if there is a norm.
+
+    Rounded to the dtype, as the op says, so that what is left is the rotation's own rounding.
+    """
+    x, weight = inputs[name], inputs.get(f"{name}_norm")
+    if weight is None:
+        return x
+    heads = x.double()
+    rms = (heads.pow(2).sum(-1, keepdim=True) / x.shape[-1] + inputs["eps"]).sqrt()
+    return (heads / rms * (weight.double() + inputs["weight_offset"])).to(x.dtype)
+
+
 def paged_attention_oracle(
     q, k_cache, v_cache, block_tables, kv_lens, q_indptr, *, scale, window=0
 ) -> Tensor:

@@ -7,7 +7,7 @@ from fssa_kernels import rope_kv_write
 from fssa_kernels.ops.rope_kv_write.cases import _Sizes
 from fssa_kernels.ops.rope_kv_write.reference import apply_rope
 from fssa_kernels.testing import cases
-from tests.kernels.kernel_oracles import rope_oracle
+from tests.kernels.kernel_oracles import head_norm_oracle, rope_oracle
 
 CASES = cases("rope_kv_write")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -26,11 +26,12 @@ def check(inputs, dtype):
     k_before, v_before = inputs["k_cache"].clone(), inputs["v_cache"].clone()
     rotated = rope_kv_write(**inputs)
     assert rotated.dtype == dtype
-    expected = rope_oracle(inputs["q"], inputs["positions"], inputs["cos_sin"])
+    q, k = (head_norm_oracle(inputs, name) for name in ("q", "k"))
+    expected = rope_oracle(q, inputs["positions"], inputs["cos_sin"])
     torch.testing.assert_close(rotated.double(), expected, **TOLERANCE[dtype])
 
     k_expected, v_expected = k_before.double(), v_before.double()
-    rotated_k = rope_oracle(inputs["k"], inputs["positions"], inputs["cos_sin"])
+    rotated_k = rope_oracle(k, inputs["positions"], inputs["cos_sin"])
     page_size = k_before.shape[1]
     for t, slot in enumerate(inputs["kv_slots"].tolist()):
         if slot >= 0:

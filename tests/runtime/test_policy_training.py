@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,22 @@ import pytest
 import torch
 
 from fssa_runtime.conditioning.checkpoint import Choice, load_conditioning
+from fssa_runtime.conditioning.encoder import EncoderConfig, PreferenceEncoder
+from fssa_runtime.conditioning.modulator import Modulator
 from fssa_runtime.errors import InputError
 from fssa_runtime.models.language_model import LanguageModel
 from fssa_runtime.models.packed import PackedOptions
+from fssa_runtime.training.data import read_preferences
 from fssa_runtime.training.policy import (
     CONDITIONING_DIR,
+    LOOP_TOKENS,
+    MAX_LOOP_SPAN,
     METRICS_FILE,
     PolicyConfig,
+    PolicyObjective,
     answer_logprobs,
+    loop_of,
+    prepare_options,
     train_policy,
 )
 
@@ -117,6 +126,64 @@ def test_users_are_told_apart_by_their_choices(model: LanguageModel, tmp_path: P
             a, b = answer_logprobs(model.decoder, packed, loaded.modulator.bind(row, slots))
         margins.append(float(a - b))
     assert margins[0] > margins[1] + 1
+
+
+def test_the_loss_is_that_of_the_docstring(model: LanguageModel, tmp_path: Path) -> None:
+    write_choices(tmp_path / "choices.jsonl")
+    data = read_preferences([tmp_path / "choices.jsonl"])
+    torch.manual_seed(0)
+    config = recipe(model, tmp_path)
+    options = prepare_options(model, config.embedding, data, None)
+    assert config.encoder is not None
+    settings = config.encoder.model_dump()
+    encoder = PreferenceEncoder(EncoderConfig(option_dim=options.embeddings.shape[1], **settings))
+    modulator = Modulator(config.modulator, model.decoder.config)
+    with torch.no_grad():
+        for parameter in modulator.lora_b.values():
+            parameter.normal_(std=0.1)
+    objective = PolicyObjective(
+        encoder, modulator, model.decoder, options, beta=0.3, nll_weight=0.7, loop_weight=0.2
+    ).eval()
+    context, targets = torch.tensor([[0, 1], [30, 31]]), torch.tensor([[2, 3], [32, 0]])
+    context_mask = torch.ones(2, 2, dtype=torch.bool)
+    target_mask = torch.tensor([[True, True], [True, False]])
+    with torch.no_grad():
+        result = objective(context, context_mask, targets, target_mask)
+    latent = encoder(
+        options.embeddings[options.chosen[context]],
+        options.embeddings[options.rejected[context]],
+        context_mask,
+    ).mean
+    dpo, nll, loops = [], [], []
+    for user, target in ((0, 2), (0, 3), (1, 32)):
+        chosen, rejected = int(options.chosen[target]), int(options.rejected[target])
+        texts = [options.tokens[chosen], options.tokens[rejected], options.loops[chosen]]
+        packed = PackedOptions.pack(texts, torch.device("cpu"))
+        slots = torch.zeros(len(packed.tokens), dtype=torch.int32)
+        row = modulator.rows(latent[user : user + 1])
+        with torch.no_grad():
+            policy = answer_logprobs(model.decoder, packed, modulator.bind(row, slots))
+            gain = 0.3 * (policy - answer_logprobs(model.decoder, packed))
+        dpo.append(-torch.nn.functional.logsigmoid(gain[0] - gain[1]))
+        loops.append(-torch.nn.functional.logsigmoid(gain[0] - gain[2]))
+        nll.append(-policy[0] / len(texts[0][1]))
+    means = [float(torch.stack(terms).mean()) for terms in (dpo, nll, loops)]
+    assert float(result["loss"]) == pytest.approx(means[0] + 0.7 * means[1] + 0.2 * means[2])
+    assert float(result["nll_per_token"]) == pytest.approx(means[1])
+
+
+def test_loops_begin_like_the_answer_and_go_round() -> None:
+    draws = random.Random(1)
+    from_the_start = 0
+    for _ in range(50):
+        answer = [draws.randrange(1000) for _ in range(draws.randint(1, 90))]
+        loop = loop_of(answer, draws)
+        assert LOOP_TOKENS <= len(loop) <= 2 * LOOP_TOKENS + MAX_LOOP_SPAN
+        period = next(p for p in range(1, 13) if loop[-p:] == loop[-2 * p : -p])
+        start = next(i for i in range(len(loop)) if loop[i:-period] == loop[i + period :])
+        assert loop[: start + period] == answer[: start + period]
+        from_the_start += start == 0
+    assert from_the_start > 15
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(model: LanguageModel, tmp_path: Path) -> None:

@@ -30,11 +30,16 @@ def rope_kv_write(
     v_cache: Tensor,
     kv_slots: Tensor,
     *,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 0.0,
+    weight_offset: float = 0.0,
     backend: str = "auto",
 ) -> Tensor:
     """Rotate q and k by their positions, store k and v in the cache, return the rotated q.
 
-        k_cache[kv_slots[t] // P, kv_slots[t] % P] = rope(k_t),  v_cache likewise = v_t
+        k_cache[kv_slots[t] // P, kv_slots[t] % P] = rope(norm(k_t)),  v_cache likewise = v_t
+        norm(x) = x / sqrt(mean(x^2) + eps) * (weight + weight_offset)   over each head, if wanted
 
     Arguments:
         q: [T,H,D], k, v: [T,Hkv,D], one floating dtype; may be strided views of one projection.
@@ -44,6 +49,9 @@ def rope_kv_write(
         k_cache, v_cache: [num_pages,P,Hkv,D], q.dtype; written in place.
         kv_slots: [T] int32, page * P + offset, -1 for a token that is not stored. Slots of one
             call must differ.
+        q_norm, k_norm: [D], q.dtype or fp32: weights of a norm of every head before the rotation,
+            rounded to q.dtype; None for none. eps, weight_offset: of both, see
+            `residual_film_rms_norm`.
         backend: "auto", "native" or "reference".
 
     Returns the rotated q [T,H,D], fresh. A row's result does not depend on the other rows.
@@ -55,8 +63,22 @@ def rope_kv_write(
 
     Source: rotary embeddings, arXiv 2104.09864; paged cache, arXiv 2309.06180.
     """
-    inputs = _prepare(q, k, v, positions, cos_sin, k_cache, v_cache, kv_slots, backend=backend)
-    if needs_grad(q, k, v, cos_sin, k_cache, v_cache):
+    inputs = _prepare(
+        q,
+        k,
+        v,
+        positions,
+        cos_sin,
+        k_cache,
+        v_cache,
+        kv_slots,
+        q_norm=q_norm,
+        k_norm=k_norm,
+        eps=eps,
+        weight_offset=weight_offset,
+        backend=backend,
+    )
+    if needs_grad(q, k, v, cos_sin, k_cache, v_cache, q_norm, k_norm):
         raise RuntimeError(
             f"{_NAME}: inference only, but a gradient would be needed; call it under "
             "torch.no_grad() or rotate with ops.rope_kv_write.reference.apply_rope"
@@ -74,6 +96,10 @@ def _prepare(
     v_cache: Tensor,
     kv_slots: Tensor,
     *,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 0.0,
+    weight_offset: float = 0.0,
     backend: str = "auto",
 ) -> tuple[Any, ...]:
     """The operator's positional arguments, checked."""
@@ -99,7 +125,13 @@ def _prepare(
     check_tensor(_NAME, "k_cache", k_cache, cache_shape, dtypes, device)
     check_tensor(_NAME, "v_cache", v_cache, cache_shape, dtypes, device)
     check_tensor(_NAME, "kv_slots", kv_slots, (num_tokens,), INDEX_DTYPES, device)
-    return q, k, v, positions, cos_sin, k_cache, v_cache, kv_slots, backend
+    for name, weight in (("q_norm", q_norm), ("k_norm", k_norm)):
+        if weight is not None:
+            check_tensor(_NAME, name, weight, (head_dim,), (q.dtype, torch.float32), device)
+    if not eps >= 0:
+        bad_value(_NAME, "eps", "a number >= 0", repr(eps))
+    cache = (k_cache, v_cache, kv_slots)
+    return q, k, v, positions, cos_sin, *cache, q_norm, k_norm, eps, weight_offset, backend
 
 
 def _fake(
@@ -111,6 +143,10 @@ def _fake(
     k_cache: Tensor,
     v_cache: Tensor,
     kv_slots: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    weight_offset: float,
     backend: str,
 ) -> Tensor:
     return q.new_empty(q.shape)
@@ -119,7 +155,8 @@ def _fake(
 _OP = Op(
     _NAME,
     "(Tensor q, Tensor k, Tensor v, Tensor positions, Tensor cos_sin, Tensor(a!) k_cache, "
-    "Tensor(b!) v_cache, Tensor kv_slots, str backend) -> Tensor",
+    "Tensor(b!) v_cache, Tensor kv_slots, Tensor? q_norm, Tensor? k_norm, float eps, "
+    "float weight_offset, str backend) -> Tensor",
     prepare=_prepare,
     backends=(
         Backend("native", rope_kv_write_native, cannot_native, records=True),

@@ -21,6 +21,7 @@ class _Sizes:
     num_pages: int = 5
     num_skipped: int = 0
     strided: bool = False
+    norm: bool = False
 
     def make(self, g: torch.Generator, dtype: torch.dtype) -> Inputs:
         heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
@@ -33,6 +34,10 @@ class _Sizes:
         cache_shape = (self.num_pages, self.page_size, self.num_kv_heads, self.head_dim)
         kv_slots = torch.randperm(self.num_pages * self.page_size, generator=g)[: self.num_tokens]
         kv_slots[: self.num_skipped] = -1
+        norms: Inputs = {}
+        if self.norm:
+            norms = {name: normal(g, self.head_dim, dtype=dtype) for name in ("q_norm", "k_norm")}
+            norms |= {"eps": 1e-6, "weight_offset": 0.5}
         return {
             "q": q,
             "k": k,
@@ -44,6 +49,7 @@ class _Sizes:
             "k_cache": normal(g, *cache_shape, dtype=dtype),
             "v_cache": normal(g, *cache_shape, dtype=dtype),
             "kv_slots": kv_slots.int(),
+            **norms,
         }
 
 
@@ -64,6 +70,8 @@ _CASES = {
     "one-row": _Sizes(num_tokens=1),
     "some-not-stored": _Sizes(num_skipped=2),
     "none-stored": _Sizes(num_skipped=5),
+    "normalised": _Sizes(norm=True, strided=True),
+    "normalised-wide": _Sizes(norm=True, head_dim=40, rotary_dim=36, num_skipped=1),
     "empty": _Sizes(num_tokens=0),
 }
 

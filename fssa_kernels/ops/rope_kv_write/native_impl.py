@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from fssa_kernels.native import DTYPE_CODES, NATIVE, empty, launch, rows_of, unsupported
+from fssa_kernels.native import DTYPE_CODES, NATIVE, address, empty, launch, rows_of, unsupported
 
 
 def cannot_native(
@@ -14,11 +14,17 @@ def cannot_native(
     k_cache: Tensor,
     v_cache: Tensor,
     kv_slots: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    weight_offset: float,
 ) -> str | None:
     """Why the native kernel is unable to serve these inputs, or None."""
     for name, tensor in (("cos_sin", cos_sin), ("k_cache", k_cache), ("v_cache", v_cache)):
         if not tensor.is_contiguous():
             return f"{name} is not contiguous (strides {tensor.stride()})"
+    if NATIVE is not None and q_norm is not None and q.shape[2] > NATIVE.MAX_NORMED_HEAD:
+        return f"D is {q.shape[2]}, the kernel normalises heads of up to {NATIVE.MAX_NORMED_HEAD}"
     return unsupported(
         q=q,
         k=k,
@@ -28,6 +34,8 @@ def cannot_native(
         k_cache=k_cache,
         v_cache=v_cache,
         kv_slots=kv_slots,
+        q_norm=q_norm,
+        k_norm=k_norm,
     )
 
 
@@ -40,6 +48,10 @@ def rope_kv_write_native(
     k_cache: Tensor,
     v_cache: Tensor,
     kv_slots: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    weight_offset: float,
 ) -> Tensor:
     """The public function on inputs that `cannot_native` accepts; ValueError for a bad index."""
     assert NATIVE is not None
@@ -64,8 +76,15 @@ def rope_kv_write_native(
         cos_sin.shape[1],
         cos_sin.shape[0],
         num_pages * page_size,
+        address(q_norm),
+        0 if q_norm is None else DTYPE_CODES[q_norm.dtype],
+        address(k_norm),
+        0 if k_norm is None else DTYPE_CODES[k_norm.dtype],
+        eps,
+        weight_offset,
     )
-    launch("rope_kv_write", call, q, k, v, positions, cos_sin, k_cache, v_cache, kv_slots)
+    kept = (positions, cos_sin, k_cache, v_cache, kv_slots, q_norm, k_norm)
+    launch("rope_kv_write", call, q, k, v, *kept)
     return rotated
 
 

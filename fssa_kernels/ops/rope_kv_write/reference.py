@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from fssa_kernels.checks import bad_value, pick
+from fssa_kernels.ops.residual_film_rms_norm.reference import residual_film_rms_norm_ref
 
 
 def apply_rope(x: Tensor, positions: Tensor, cos_sin: Tensor) -> Tensor:
@@ -33,6 +34,15 @@ def apply_rope(x: Tensor, positions: Tensor, cos_sin: Tensor) -> Tensor:
     return torch.cat([rotated, x[..., rotary_dim:]], dim=-1)
 
 
+def head_norm(x: Tensor, weight: Tensor | None, eps: float, weight_offset: float) -> Tensor:
+    """RMS norm of every head of x [T,H,D], weight [D]; x itself for None. Differentiable."""
+    if weight is None:
+        return x
+    flat = x.reshape(-1, x.shape[-1])
+    normed, _ = residual_film_rms_norm_ref(flat, None, weight, None, None, eps, weight_offset)
+    return normed.view(x.shape)
+
+
 def rope_kv_write_ref(
     q: Tensor,
     k: Tensor,
@@ -42,8 +52,13 @@ def rope_kv_write_ref(
     k_cache: Tensor,
     v_cache: Tensor,
     kv_slots: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    weight_offset: float,
 ) -> Tensor:
-    """Rotate q and k, store k and v at kv_slots (-1: nowhere), return the rotated q."""
+    """Normalise and rotate q and k, store k, v at kv_slots (-1: nowhere), return the rotated q."""
+    q, k = head_norm(q, q_norm, eps, weight_offset), head_norm(k, k_norm, eps, weight_offset)
     num_pages, page_size = k_cache.shape[:2]
     num_heads = q.shape[1]
     # One rotation for q and k: on small batches the number of torch calls is what costs.
