@@ -23,6 +23,7 @@ RowStats combine(const ChunkStats* stats, int64_t num_chunks) {
   const float top = stats[best].largest;
   double total = 0.0;
   for (int64_t c = 0; c < num_chunks; ++c) {
+    if (stats[c].largest == -INFINITY && top != -INFINITY) continue;  // its sum is NaN
     total += static_cast<double>(stats[c].total) * std::exp(double(stats[c].largest) - top);
   }
   return {top, static_cast<int32_t>(best * kSampleChunk + stats[best].index),
