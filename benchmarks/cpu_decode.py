@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.peers.client import FOLDER, Peer, available
+from fssa_kernels import PackArena
 from fssa_kernels.native import NATIVE
 from fssa_runtime.conditioning.layout import ModulatorConfig
 from fssa_runtime.conditioning.merge import merged, reference_answer_logprobs
@@ -187,7 +188,7 @@ def _errors(ours: Ours, prompt: list[int], completion: Completion) -> dict[str, 
 def limits(threads: int) -> dict[str, float]:
     """What this machine can do: bytes a second read by all threads, and bf16 FLOP a second."""
     assert NATIVE is not None
-    memory = torch.zeros(512 * 1024 * 1024, dtype=torch.uint8)
+    memory = PackArena().take(512 * 1024 * 1024).fill_(1)  # on the pages that weights lie on
     seconds = min(
         NATIVE.stream_seconds(memory.data_ptr(), memory.numel(), threads) for _ in range(5)
     )
@@ -229,25 +230,27 @@ def measure(
             "prefill": lambda peer=peer: _rate(peer.prefill(long_prompt)),
         }
     raw: dict[str, Any] = {"decode": {}, "prefill": {name: [] for name in sides}, "limits": []}
-    total = (rounds + 1) * (len(batches) + 1)
-    with console.status("") as status:
-        for batch in batches:
-            samples: dict[str, list[float]] = {name: [] for name in sides}
-            for number in range(rounds + 1):
-                status.update(f"batch {batch}, round {number} of {rounds} ({total} in all)")
-                for name, side in sides.items():
-                    rate = side["decode"](batch)
-                    if number:
-                        samples[name].append(rate)
-            raw["decode"][str(batch)] = samples
-            raw["limits"].append(limits(torch.get_num_threads()))
+    for batch in batches:
+        samples: dict[str, list[float]] = {name: [] for name in sides}
         for number in range(rounds + 1):
-            status.update(f"prefill, round {number} of {rounds}")
-            for name, side in sides.items():
-                rate = side["prefill"]()
-                if number:
-                    raw["prefill"][name].append(rate)
+            rates = {name: side["decode"](batch) for name, side in sides.items()}
+            _report(console, f"batch {batch}, round {number} of {rounds}", rates)
+            if number:
+                for name, rate in rates.items():
+                    samples[name].append(rate)
+        raw["decode"][str(batch)] = samples
+        raw["limits"].append(limits(torch.get_num_threads()))
+    for number in range(rounds + 1):
+        rates = {name: side["prefill"]() for name, side in sides.items()}
+        _report(console, f"prefill, round {number} of {rounds}", rates)
+        if number:
+            for name, rate in rates.items():
+                raw["prefill"][name].append(rate)
     return raw
+
+
+def _report(console: Console, where: str, rates: dict[str, float]) -> None:
+    console.print(f"{where}: " + ", ".join(f"{name} {rate:.1f}" for name, rate in rates.items()))
 
 
 def _rate(timing: Any) -> float:

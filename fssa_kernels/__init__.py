@@ -14,7 +14,7 @@ from fssa_kernels.ops.residual_film_rms_norm.api import residual_film_rms_norm
 from fssa_kernels.ops.rope_kv_write.api import rope_kv_write
 from fssa_kernels.ops.sample.api import sample
 from fssa_kernels.ops.take_rows.api import take_rows
-from fssa_kernels.packed import PackArena, PackedMatrix, pack_matrix, packed_bytes
+from fssa_kernels.packed import PackArena, PackedMatrix, pack_matrix
 
 __all__ = [
     "PackArena",
@@ -24,7 +24,6 @@ __all__ = [
     "explain",
     "modulated_linear",
     "pack_matrix",
-    "packed_bytes",
     "paged_attention",
     "residual_film_rms_norm",
     "rope_kv_write",

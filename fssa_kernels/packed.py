@@ -23,7 +23,9 @@ from fssa_kernels.native import DTYPE_CODES, MISSING, NATIVE
 
 _HALF = 16
 _PANEL = 2 * _HALF
-_PAGE = 1 << 21  # a huge page: fewer entries of the TLB for weights that are read end to end
+_HUGE_PAGE = 1 << 21  # x86-64's and aarch64's: fewer entries of the TLB for what is read end to end
+_BLOCK = 1 << 26
+_LINE = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,39 +74,34 @@ class PackedMatrix:
 
 
 class PackArena:
-    """One stretch of memory for many packed matrices, on huge pages where the system grants them.
+    """Memory for many packed matrices, one after the other, on huge pages where there are any.
 
-    Args:
-        num_bytes: room for all of them; see `packed_bytes`.
+    It grows by blocks of 64 MiB, or of a matrix that is larger, whose unused end is never touched
+    and so takes no memory.
     """
 
-    def __init__(self, num_bytes: int) -> None:
-        memory = mmap.mmap(-1, -(-max(1, num_bytes) // _PAGE) * _PAGE)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        self._free = torch.frombuffer(memory, dtype=torch.uint8)
+    def __init__(self) -> None:
+        self._free = torch.empty(0, dtype=torch.uint8)
 
     def take(self, num_bytes: int) -> Tensor:
-        """The next ``num_bytes``; ValueError when less is left."""
+        """``num_bytes`` that nobody else has, a multiple of 64 from the one before."""
         if num_bytes > self._free.numel():
-            raise ValueError(f"pack arena: expected {self._free.numel()} bytes or fewer")
-        taken, self._free = self._free[:num_bytes], self._free[num_bytes:]
+            self._free = _map(max(num_bytes, _BLOCK))
+        taken = self._free[:num_bytes]
+        self._free = self._free[-(-num_bytes // _LINE) * _LINE :]
         return taken
 
 
-def packed_bytes(
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    *,
-    splits: Sequence[int] | None = None,
-    paired: bool = False,
-) -> int:
-    """Memory that a packed matrix of this shape takes; arguments as for `pack_matrix`."""
-    num_rows, width = shape
-    _check(num_rows, dtype, splits, paired)
-    assert NATIVE is not None
-    num_halves = len(_halves(_sizes(num_rows, splits), paired))
-    return num_halves // 2 * NATIVE.panel_bytes(DTYPE_CODES[dtype], width)
+def _map(num_bytes: int) -> Tensor:
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(num_bytes, dtype=torch.uint8)
+    # Private, since shared memory gets no huge pages, and one of them more than is asked for, since
+    # they lie at multiples of their size.
+    memory = mmap.mmap(-1, num_bytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    mapped = torch.frombuffer(memory, dtype=torch.uint8)
+    start = -mapped.data_ptr() % _HUGE_PAGE
+    return mapped[start : start + num_bytes]
 
 
 def pack_matrix(
@@ -120,7 +117,7 @@ def pack_matrix(
         matrix: weight of a linear, or the low-rank factor B of one; float32 or bfloat16, CPU.
         splits: sizes of the stacked projections; None means one.
         paired: the two projections, equally large, will be multiplied in an epilogue.
-        arena: where to put it; None for memory of its own.
+        arena: where to put it, side by side with others; None for memory of its own.
 
     Raises TypeError for a dtype, ValueError for a shape, device or splits that do not fit, and
     RuntimeError where the native module is missing.
@@ -138,7 +135,7 @@ def pack_matrix(
     if width > 1 and matrix.stride(1) != 1:
         matrix = matrix.contiguous()
     num_bytes = len(halves) // 2 * NATIVE.panel_bytes(code, width)
-    data = (arena or PackArena(num_bytes)).take(num_bytes)
+    data = torch.empty(num_bytes, dtype=torch.uint8) if arena is None else arena.take(num_bytes)
     NATIVE.pack_matrix(
         data.data_ptr(),
         matrix.detach().data_ptr(),

@@ -8,7 +8,20 @@ namespace fssa::cpu {
 void Graph::add(std::shared_ptr<const Call> call) {
   const Call& added = *call;
   if (keys_.emplace(typeid(added), added.check_key()).second) checked_.push_back(&added);
+  if (added.first_read(Team(0, 1, nullptr)) != nullptr) {
+    for (auto after = reader_after_.rbegin(); after != reader_after_.rend() && !*after; ++after) {
+      *after = &added;
+    }
+  }
   calls_.push_back(std::move(call));
+  reader_after_.push_back(nullptr);
+}
+
+void Graph::run(size_t index, Team& team) const {
+  const Call* reader = reader_after_[index];
+  team.set_upcoming(reader != nullptr ? reader->first_read(team) : nullptr);
+  calls_[index]->run(team);
+  team.barrier();
 }
 
 void Graph::prepare(const std::vector<int64_t>& dims) {
@@ -24,10 +37,7 @@ void Graph::prepare(const std::vector<int64_t>& dims) {
 void Graph::replay(const std::vector<int64_t>& dims, int num_threads) {
   prepare(dims);
   run_team(num_threads, [&](Team& team) {
-    for (const auto& call : calls_) {
-      call->run(team);
-      team.barrier();
-    }
+    for (size_t i = 0; i < calls_.size(); ++i) run(i, team);
   });
 }
 
@@ -40,8 +50,7 @@ std::vector<double> Graph::profile(const std::vector<int64_t>& dims, int num_thr
     for (int repeat = 0; repeat < repeats; ++repeat) {
       for (size_t i = 0; i < calls_.size(); ++i) {
         const auto start = Clock::now();
-        calls_[i]->run(team);
-        team.barrier();
+        run(i, team);
         if (team.index() == 0) {
           seconds[i] += std::chrono::duration<double>(Clock::now() - start).count();
         }

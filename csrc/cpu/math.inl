@@ -4,6 +4,15 @@ namespace FSSA_ISA {
 FSSA_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 FSSA_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
+// Asks for the line at `p`, which need not be valid, in the second-level cache.
+FSSA_INLINE void prefetch(const void* p) {
+#if defined(__GNUC__)
+  __builtin_prefetch(p, 0, 2);
+#else
+  (void)p;
+#endif
+}
+
 // Sixteen numbers at `index` of an array of either type.
 FSSA_INLINE Vec load_as(const void* base, DType dtype, int64_t index) {
   return dtype == DType::kFloat32 ? load(static_cast<const float*>(base) + index)

@@ -83,6 +83,14 @@ std::vector<int64_t> ModulatedLinearCall::check_key() const {
   return {key(unread ? nullptr : slots), num_users, key(count.variable), count.fixed};
 }
 
+const void* ModulatedLinearCall::first_read(const Team& team) const {
+  if (family == Family::kNone || family == Family::kFactors) return first_panel(team);
+  const Range mine = team.share((width() + kHalfColumns - 1) / kHalfColumns);
+  if (mine.first == mine.last) return first_panel(team);
+  return static_cast<const char*>(lora_a.data) +
+         mine.first / 2 * panel_bytes(lora_a.dtype, in_features);
+}
+
 void ModulatedLinearCall::run(Team& team) const { kernels().modulated_linear(*this, team); }
 
 }  // namespace fssa::cpu

@@ -89,8 +89,16 @@ struct ModulatedLinearCall final : Call {
   RowCount count;
 
   int64_t width() const { return num_splits * rank; }
+  int64_t num_panels() const { return num_halves / 2; }
+  const void* panel(int64_t index) const {
+    return static_cast<const char*>(weight) + index * panel_bytes(dtype, in_features);
+  }
+  // The panel a thread of the team begins with, where rows are few.
+  const void* first_panel(const Team& team) const { return panel(team.share(num_panels()).first); }
+
   void check() const override;
   std::vector<int64_t> check_key() const override;
+  const void* first_read(const Team& team) const override;
   void run(Team& team) const override;
 };
 

@@ -102,7 +102,8 @@ FSSA_NOINLINE void score_rows(const AttentionCall& a, const AttentionPiece& piec
   for (int64_t first = 0; first < num_keys; first += 16) {
     Vec acc[kRows][1];
     for (int r = 0; r < kRows; ++r) acc[r][0] = broadcast(0.0f);
-    accumulate(q, reinterpret_cast<const T*>(s.keys + first * padded), a.head_dim, acc, 16);
+    accumulate(q, reinterpret_cast<const T*>(s.keys + first * padded), a.head_dim, acc,
+               NothingAhead{}, 16);
     for (int r = 0; r < kRows; ++r) {
       store(s.weights + (row + r) * kKeyBlock + first, mul(acc[r][0], broadcast(a.scale)));
     }
@@ -158,9 +159,40 @@ FSSA_INLINE void soften_row(const AttentionCall& a, const AttentionPiece& piece,
   s.maximum[row] = now;
 }
 
+FSSA_INLINE int64_t kv_head(const AttentionCall& a, const AttentionPiece& piece) {
+  return piece.first_head / (a.num_heads / a.num_kv_heads);
+}
+
+// The first key a piece reads.
+FSSA_INLINE int64_t oldest_key(const AttentionCall& a, const AttentionPiece& piece) {
+  return a.window ? larger(0, piece.first_position + 1 - a.window) : 0;
+}
+
+template <typename T>
+FSSA_INLINE void fetch_row(const T* row, int64_t dim) {
+  for (int64_t d = 0; d < dim; d += 64 / static_cast<int64_t>(sizeof(T))) prefetch(row + d);
+}
+
+// Brings the keys from `first` to the end of its block into the cache.
+template <typename T>
+FSSA_INLINE void fetch_keys(const AttentionCall& a, const AttentionPiece& piece, int64_t first) {
+  const int64_t entry = a.num_kv_heads * a.head_dim;
+  const int32_t* pages = a.block_tables + piece.sequence * a.block_stride;
+  const T* cache = static_cast<const T*>(a.k_cache) + kv_head(a, piece) * a.head_dim;
+  const int64_t num_keys = piece.first_position + piece.num_tokens;
+  const int64_t stop = smaller((first / kKeyBlock + 1) * kKeyBlock, num_keys);
+  while (first < stop) {
+    const int64_t in_page = first % a.page_size;
+    const int64_t num = smaller(a.page_size - in_page, stop - first);
+    const T* row = cache + (pages[first / a.page_size] * a.page_size + in_page) * entry;
+    for (int64_t j = 0; j < num; ++j, row += entry) fetch_row(row, a.head_dim);
+    first += num;
+  }
+}
+
 template <typename T>
 FSSA_INLINE void attend(const AttentionCall& a, const AttentionPiece& piece,
-                        const AttentionScratch& s) {
+                        const AttentionPiece& next, const AttentionScratch& s) {
   const int64_t padded = (a.head_dim + 15) / 16 * 16;
   const int64_t num_rows = piece.num_tokens * piece.heads;
   for (int64_t i = 0; i < num_rows * padded; i += 16) store(s.out + i, broadcast(0.0f));
@@ -168,13 +200,12 @@ FSSA_INLINE void attend(const AttentionCall& a, const AttentionPiece& piece,
     s.maximum[r] = -__builtin_inff();
     store(s.total + r * 16, broadcast(0.0f));
   }
-  const int64_t kv_head = piece.first_head / (a.num_heads / a.num_kv_heads);
   const int32_t* pages = a.block_tables + piece.sequence * a.block_stride;
-  const T* k_cache = static_cast<const T*>(a.k_cache) + kv_head * a.head_dim;
-  const T* v_cache = static_cast<const T*>(a.v_cache) + kv_head * a.head_dim;
+  const T* k_cache = static_cast<const T*>(a.k_cache) + kv_head(a, piece) * a.head_dim;
+  const T* v_cache = static_cast<const T*>(a.v_cache) + kv_head(a, piece) * a.head_dim;
   const int64_t entry = a.num_kv_heads * a.head_dim;
   const int64_t num_keys = piece.first_position + piece.num_tokens;
-  const int64_t oldest = a.window ? larger(0, piece.first_position + 1 - a.window) : 0;
+  const int64_t oldest = oldest_key(a, piece);
   for (int64_t first = oldest / kKeyBlock * kKeyBlock; first < num_keys; first += kKeyBlock) {
     const int64_t num = smaller(kKeyBlock, num_keys - first);
     const T* keys[kKeyBlock];
@@ -190,10 +221,17 @@ FSSA_INLINE void attend(const AttentionCall& a, const AttentionPiece& piece,
       keys[j] = k_cache + page + at * entry;
       values[j] = v_cache + page + at * entry;
     }
+    // Values come from memory while the scores are computed, and the next keys after that.
+    for (int64_t j = 0; j < num; ++j) fetch_row(values[j], a.head_dim);
     for (int64_t j = 0; j < num; j += 16) turn_round(s.keys + j * padded, keys + j, a.head_dim);
     constexpr int kScoreRows = kMaxRows < 8 ? kMaxRows : 8, kMixRows = kMaxRows < 8 ? 1 : 4;
     for (int64_t row = 0; row < num_rows; row += kScoreRows) {
       score_rows_of<kScoreRows, T>(num_rows - row, a, piece, s, row, num);
+    }
+    if (first + kKeyBlock < num_keys) {
+      fetch_keys<T>(a, piece, first + kKeyBlock);
+    } else {
+      fetch_keys<T>(a, next, oldest_key(a, next));
     }
     for (int64_t row = 0; row < num_rows; ++row) soften_row(a, piece, s, row, first, num);
     int64_t row = 0;
@@ -237,6 +275,9 @@ void attention(const AttentionCall& a, Team& team) {
   while (groups % heads) --heads;
   const int64_t head_pieces = a.num_heads / heads;
   const int64_t max_tokens = larger(1, smaller(32, kQueryRows / heads));
+  // A piece is computed when the thread's next is known.
+  AttentionPiece at_hand{};
+  bool any = false;
   int64_t number = 0;
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t start = a.q_indptr[b], stop = a.q_indptr[b + 1];
@@ -245,10 +286,19 @@ void attention(const AttentionCall& a, Team& team) {
       const int64_t first = larger(start, end - max_tokens);
       for (int64_t h = 0; h < head_pieces; ++h) {
         if (number++ % team.size() != team.index()) continue;
-        attend<T>(a, {b, first, end - first, a.kv_lens[b] - (stop - first), h * heads, heads}, s);
+        const AttentionPiece next{b, first, end - first, a.kv_lens[b] - (stop - first), h * heads,
+                                  heads};
+        if (any) {
+          attend<T>(a, at_hand, next, s);
+        } else {
+          fetch_keys<T>(a, next, oldest_key(a, next));
+        }
+        at_hand = next;
+        any = true;
       }
     }
   }
+  if (any) attend<T>(a, at_hand, at_hand, s);
   // Rows that belong to no request are zero.
   if (team.index() == 0) {
     const int64_t width = a.num_heads * a.head_dim;

@@ -7,7 +7,8 @@ double stream(const void* data, int64_t bytes, Team& team) {
   Vec acc[8];
   for (int i = 0; i < 8; ++i) acc[i] = broadcast(0.0f);
   for (int64_t n = mine.first; n < mine.last; ++n, p += 512) {
-    prefetch(p + 4096);
+    FSSA_UNROLL
+    for (int i = 0; i < 8; ++i) prefetch(p + 4096 + 64 * i);
     FSSA_UNROLL
     for (int i = 0; i < 8; ++i) acc[i] = add(acc[i], load(reinterpret_cast<const float*>(p) + 16 * i));
   }

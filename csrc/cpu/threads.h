@@ -58,6 +58,10 @@ class Team {
     wait();
   }
 
+  // What this thread will read from memory after the call at hand, or null.
+  const void* upcoming() const { return upcoming_; }
+  void set_upcoming(const void* address) { upcoming_ = address; }
+
   // This thread's contiguous part of `count` equal pieces of work.
   Range share(int64_t count) const {
     return {count * index_ / size_, count * (index_ + 1) / size_};
@@ -70,6 +74,7 @@ class Team {
   int size_;
   std::atomic<int64_t>* arrivals_;
   int64_t due_ = 0;
+  const void* upcoming_ = nullptr;
 };
 
 // Runs work(team) on `num_threads` threads at once (fewer where OpenMP grants fewer) and returns

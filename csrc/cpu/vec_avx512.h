@@ -149,8 +149,4 @@ FSSA_INLINE void transpose_words(const void* const* rows, uint32_t* out) {
   }
 }
 
-FSSA_INLINE void prefetch(const void* p) {
-  _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
-}
-
 }  // namespace FSSA_ISA

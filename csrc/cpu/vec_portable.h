@@ -191,8 +191,6 @@ FSSA_INLINE void transpose_words(const void* const* rows, uint32_t* out) {
   }
 }
 
-FSSA_INLINE void prefetch(const void*) {}
-
 #undef FSSA_LANES
 
 }  // namespace FSSA_ISA

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from fssa_kernels import PackedMatrix, pack_matrix
+from fssa_kernels import PackArena, PackedMatrix, pack_matrix
 
 LinearFamily = Literal["static", "gated", "core", "factors"]
 
@@ -26,15 +26,15 @@ class LinearModulation:
     lora_b: torch.Tensor | PackedMatrix
     rows: torch.Tensor | None
 
-    def pack(self, *, paired: bool) -> LinearModulation:
+    def pack(self, *, paired: bool, arena: PackArena) -> LinearModulation:
         """The same with A and B laid out for the native kernels, unless they are a user's own."""
         lora_a, lora_b = self.lora_a, self.lora_b
         if self.family == "factors":
             return self
         if not isinstance(lora_a, PackedMatrix):
-            lora_a = pack_matrix(lora_a)
+            lora_a = pack_matrix(lora_a, arena=arena)
         if not isinstance(lora_b, PackedMatrix):
-            lora_b = pack_matrix(lora_b, splits=self.splits, paired=paired)
+            lora_b = pack_matrix(lora_b, splits=self.splits, paired=paired, arena=arena)
         return replace(self, lora_a=lora_a, lora_b=lora_b)
 
 
@@ -57,10 +57,11 @@ class Modulation:
 
     def pack(self) -> Modulation:
         """The same for a decoder whose weights are packed (`Decoder.pack`)."""
+        arena = PackArena()
         linears = [
             {
                 # The activation multiplies gate and up, and nothing else is multiplied.
-                group: term.pack(paired=group == "gate_up")
+                group: term.pack(paired=group == "gate_up", arena=arena)
                 for group, term in terms.items()
             }
             for terms in self.linears

@@ -15,7 +15,6 @@ from fssa_kernels import (
     PackedMatrix,
     modulated_linear,
     pack_matrix,
-    packed_bytes,
     residual_film_rms_norm,
     take_rows,
 )
@@ -224,18 +223,12 @@ class Decoder(nn.Module):
         """
         if isinstance(self.lm_head, PackedMatrix):
             return
-        linears = [(layer, *linear) for layer in self.blocks for linear in layer.linears()]
-        arena = PackArena(
-            sum(
-                packed_bytes(getattr(layer, name).shape, self.dtype, splits=splits, paired=paired)
-                for layer, name, splits, paired in linears
-            )
-            + packed_bytes(self.lm_head.shape, self.dtype)
-        )
-        for layer, name, splits, paired in linears:
-            weight = getattr(layer, name)
-            delattr(layer, name)
-            setattr(layer, name, pack_matrix(weight, splits=splits, paired=paired, arena=arena))
+        arena = PackArena()
+        for layer in self.blocks:
+            for name, splits, paired in layer.linears():
+                weight = getattr(layer, name)
+                delattr(layer, name)
+                setattr(layer, name, pack_matrix(weight, splits=splits, paired=paired, arena=arena))
         head, tied = self.lm_head, self.embedding is self.lm_head
         del self.lm_head
         self.lm_head = pack_matrix(head, arena=arena)
