@@ -12,6 +12,7 @@ of tokens included. Three rows are ours: no modulation, one user, and every row 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import platform
 import statistics
@@ -185,24 +186,36 @@ def _errors(ours: Ours, prompt: list[int], completion: Completion) -> dict[str, 
     }
 
 
-def limits(threads: int) -> dict[str, float]:
-    """What this machine can do: bytes a second read by all threads, and bf16 FLOP a second."""
-    assert NATIVE is not None
-    memory = PackArena().take(512 * 1024 * 1024).fill_(1)  # on the pages that weights lie on
-    seconds = min(
-        NATIVE.stream_seconds(memory.data_ptr(), memory.numel(), threads) for _ in range(5)
-    )
-    x, w = torch.randn(1024, 1536).bfloat16(), torch.randn(3072, 1536).bfloat16()
-    best = float("inf")
-    with torch.inference_mode():
-        for _ in range(12):
-            start = time.perf_counter()
-            torch.nn.functional.linear(x, w)
-            best = min(best, time.perf_counter() - start)
-    return {
-        "stream_bytes_per_s": memory.numel() / seconds,
-        "product_flop_per_s": 2 * x.shape[0] * w.numel() / best,
-    }
+class Limits:
+    """What this machine can do at the moment, measured in turn with the sides."""
+
+    def __init__(self) -> None:
+        # On the pages that weights lie on.
+        self._memory = PackArena().take(256 * 1024 * 1024).fill_(1)
+        self._x = torch.randn(1024, 1536).bfloat16()
+        self._w = torch.randn(3072, 1536).bfloat16()
+
+    def stream(self, seconds: float = 0.3) -> float:
+        """Bytes a second that all threads read."""
+        assert NATIVE is not None
+        memory, threads = self._memory, torch.get_num_threads()
+        passes = 0
+        start = time.perf_counter()
+        while time.perf_counter() < start + seconds:
+            NATIVE.stream_seconds(memory.data_ptr(), memory.numel(), threads)
+            passes += 1
+        return passes * memory.numel() / (time.perf_counter() - start)
+
+    def product(self, seconds: float = 0.3) -> float:
+        """FLOP a second of PyTorch's bf16 matrix product."""
+        passes = 0
+        start = time.perf_counter()
+        with torch.inference_mode():
+            while time.perf_counter() < start + seconds:
+                torch.nn.functional.linear(self._x, self._w)
+                passes += 1
+        flop = 2 * self._x.shape[0] * self._w.numel()
+        return passes * flop / (time.perf_counter() - start)
 
 
 def measure(
@@ -229,24 +242,38 @@ def measure(
             "decode": lambda batch, peer=peer: _rate(peer.decode(batch, prompt, new)),
             "prefill": lambda peer=peer: _rate(peer.prefill(long_prompt)),
         }
-    raw: dict[str, Any] = {"decode": {}, "prefill": {name: [] for name in sides}, "limits": []}
+    limits = Limits()
+    raw: dict[str, Any] = {"decode": {}, "prefill": {name: [] for name in sides}, "limits": {}}
     for batch in batches:
         samples: dict[str, list[float]] = {name: [] for name in sides}
+        stream, product = [], []
         for number in range(rounds + 1):
-            rates = {name: side["decode"](batch) for name, side in sides.items()}
+            rates = _round(
+                {name: functools.partial(side["decode"], batch) for name, side in sides.items()}
+            )
             _report(console, f"batch {batch}, round {number} of {rounds}", rates)
             if number:
+                stream.append(limits.stream())
+                product.append(limits.product())
                 for name, rate in rates.items():
                     samples[name].append(rate)
         raw["decode"][str(batch)] = samples
-        raw["limits"].append(limits(torch.get_num_threads()))
+        raw["limits"][str(batch)] = {"stream_bytes_per_s": stream, "product_flop_per_s": product}
     for number in range(rounds + 1):
-        rates = {name: side["prefill"]() for name, side in sides.items()}
+        rates = _round({name: side["prefill"] for name, side in sides.items()})
         _report(console, f"prefill, round {number} of {rounds}", rates)
         if number:
             for name, rate in rates.items():
                 raw["prefill"][name].append(rate)
     return raw
+
+
+def _round(sides: dict[str, Callable[[], float]]) -> dict[str, float]:
+    """Every side once; ours, which are quick, again in reverse, so that drift spares nobody."""
+    rates = {name: [side()] for name, side in sides.items()}
+    for name in reversed(OURS):
+        rates[name].append(sides[name]())
+    return {name: statistics.fmean(values) for name, values in rates.items()}
 
 
 def _report(console: Console, where: str, rates: dict[str, float]) -> None:
@@ -260,15 +287,15 @@ def _rate(timing: Any) -> float:
 def summarise(raw: dict[str, Any], ours: Ours, context: int) -> dict[str, Any]:
     """Medians, and ratios of samples of the same round."""
     summary: dict[str, Any] = {"decode": {}, "prefill": {}}
-    stream = max(entry["stream_bytes_per_s"] for entry in raw["limits"])
     for batch, samples in raw["decode"].items():
         rows = {name: {"tokens_per_s": statistics.median(v)} for name, v in samples.items()}
         for name in rows:
             rows[name]["all_distinct_over_this"] = _ratio(samples["all distinct"], samples[name])
         for name in OURS:
-            steps = rows[name]["tokens_per_s"] / int(batch)
-            rows[name]["fraction_of_stream"] = (
-                steps * ours.step_bytes(name, int(batch), context) / stream
+            step_bytes = ours.step_bytes(name, int(batch), context)
+            rows[name]["fraction_of_stream"] = step_bytes * _ratio(
+                [rate / int(batch) for rate in samples[name]],
+                raw["limits"][batch]["stream_bytes_per_s"],
             )
         summary["decode"][batch] = rows
     for name, values in raw["prefill"].items():

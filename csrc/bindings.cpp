@@ -248,25 +248,25 @@ PYBIND11_MODULE(_native, m) {
   m.def("set_instruction_set", &set_instruction_set, py::arg("name"));
   m.def("stream_seconds", &stream_seconds, NoGil(), py::arg("data"), py::arg("bytes"),
         py::arg("num_threads"), "Time to read that memory once.");
-  m.def("panel_bytes", [](int code, int64_t k) { return panel_bytes(dtype(code), k); });
+  m.def("half_bytes", [](int code, int64_t k) { return half_bytes(dtype(code), k); });
   m.def("attention_scratch", &AttentionCall::thread_scratch, py::arg("head_dim"));
   m.attr("MAX_NORMED_HEAD") = kMaxNormedHead;
   m.attr("HALF_COLUMNS") = kHalfColumns;
   m.attr("SAMPLE_CHUNK") = kSampleChunk;
   m.def(
       "pack_matrix",
-      [](Address to, Address matrix, int code, int64_t stride, int64_t k, Address halves,
-         int64_t num_halves, int num_threads) {
-        pack_matrix(out<void>(to), in<void>(matrix), dtype(code), stride, k, in<Half>(halves),
-                    num_halves, num_threads);
+      [](Address to, Address matrix, int64_t stride, int code, int64_t k, Address halves,
+         int64_t num_halves, int64_t panel_halves, int num_threads) {
+        pack_matrix(out<void>(to), in<void>(matrix), stride,
+                    {dtype(code), k, in<Half>(halves), num_halves, panel_halves}, num_threads);
       },
       NoGil());
   m.def(
       "unpack_matrix",
-      [](Address to, Address packed, int code, int64_t stride, int64_t k, Address halves,
-         int64_t num_halves, int num_threads) {
-        unpack_matrix(out<void>(to), in<void>(packed), dtype(code), stride, k, in<Half>(halves),
-                      num_halves, num_threads);
+      [](Address to, Address packed, int64_t stride, int code, int64_t k, Address halves,
+         int64_t num_halves, int64_t panel_halves, int num_threads) {
+        unpack_matrix(out<void>(to), in<void>(packed), stride,
+                      {dtype(code), k, in<Half>(halves), num_halves, panel_halves}, num_threads);
       },
       NoGil());
 

@@ -5,6 +5,8 @@ reads two whole vector registers:
 
     fp32  [panel][K][32]          bf16  [panel][K/2][32][2]  (odd K padded by a zero)
 
+The factor A of a low-rank term has few columns and lies in narrow panels of one half each.
+
 A half belongs to one projection of a stack. Where an epilogue multiplies two projections, a panel's
 halves are the same 16 columns of both, so that the product never leaves the registers.
 """
@@ -36,6 +38,7 @@ class PackedMatrix:
         shape: ``(N, K)`` of the matrix. dtype: float32 or bfloat16.
         splits: sizes of the stacked projections, sum N.
         paired: whether the two projections are multiplied in an epilogue.
+        narrow: whether a panel is one half.
         data: the panels, uint8. halves: ``[num_halves, 4]`` int32: first row, first column of the
             result, columns in use, projection.
     """
@@ -44,6 +47,7 @@ class PackedMatrix:
     dtype: torch.dtype
     splits: tuple[int, ...]
     paired: bool
+    narrow: bool
     data: Tensor = field(repr=False)
     halves: Tensor = field(repr=False)
 
@@ -63,11 +67,12 @@ class PackedMatrix:
         NATIVE.unpack_matrix(
             matrix.data_ptr(),
             self.data.data_ptr(),
-            DTYPE_CODES[self.dtype],
             self.shape[1],
+            DTYPE_CODES[self.dtype],
             self.shape[1],
             self.halves.data_ptr(),
             len(self.halves),
+            1 if self.narrow else 2,
             torch.get_num_threads(),
         )
         return matrix
@@ -109,14 +114,16 @@ def pack_matrix(
     *,
     splits: Sequence[int] | None = None,
     paired: bool = False,
+    narrow: bool = False,
     arena: PackArena | None = None,
 ) -> PackedMatrix:
     """Lay a matrix ``[N, K]`` out for the native kernels.
 
     Arguments:
-        matrix: weight of a linear, or the low-rank factor B of one; float32 or bfloat16, CPU.
+        matrix: weight of a linear, or a low-rank factor of one; float32 or bfloat16, CPU.
         splits: sizes of the stacked projections; None means one.
         paired: the two projections, equally large, will be multiplied in an epilogue.
+        narrow: what the factor A wants, and nothing else.
         arena: where to put it, side by side with others; None for memory of its own.
 
     Raises TypeError for a dtype, ValueError for a shape, device or splits that do not fit, and
@@ -130,23 +137,27 @@ def pack_matrix(
     _check(num_rows, matrix.dtype, splits, paired)
     assert NATIVE is not None
     sizes = _sizes(num_rows, splits)
-    halves = torch.tensor(_halves(sizes, paired), dtype=torch.int32).reshape(-1, 4)
+    listed = list(_paired_halves(sizes[0]) if paired else _halves(sizes))
+    if not narrow and len(listed) % 2:
+        listed.append((0, 0, 0, 0))
+    halves = torch.tensor(listed, dtype=torch.int32).reshape(-1, 4)
     code = DTYPE_CODES[matrix.dtype]
     if width > 1 and matrix.stride(1) != 1:
         matrix = matrix.contiguous()
-    num_bytes = len(halves) // 2 * NATIVE.panel_bytes(code, width)
+    num_bytes = len(halves) * NATIVE.half_bytes(code, width)
     data = torch.empty(num_bytes, dtype=torch.uint8) if arena is None else arena.take(num_bytes)
     NATIVE.pack_matrix(
         data.data_ptr(),
         matrix.detach().data_ptr(),
-        code,
         matrix.stride(0),
+        code,
         width,
         halves.data_ptr(),
         len(halves),
+        1 if narrow else 2,
         torch.get_num_threads(),
     )
-    return PackedMatrix((num_rows, width), matrix.dtype, tuple(sizes), paired, data, halves)
+    return PackedMatrix((num_rows, width), matrix.dtype, tuple(sizes), paired, narrow, data, halves)
 
 
 def unpacked(matrix: Tensor | PackedMatrix) -> Tensor:
@@ -170,17 +181,12 @@ def _sizes(num_rows: int, splits: Sequence[int] | None) -> list[int]:
     return [num_rows] if splits is None else list(splits)
 
 
-def _halves(sizes: Sequence[int], paired: bool) -> list[tuple[int, int, int, int]]:
-    """(first row, first column, columns in use, projection) of every half, panels in full."""
-    if paired:
-        return list(_paired_halves(sizes[0]))
-    halves = []
+def _halves(sizes: Sequence[int]) -> Iterator[tuple[int, int, int, int]]:
+    """(first row, first column, columns in use, projection) of every half."""
     for split, (size, stop) in enumerate(zip(sizes, accumulate(sizes), strict=True)):
         first = stop - size
-        halves += [
-            (first + c, first + c, min(_HALF, size - c), split) for c in range(0, size, _HALF)
-        ]
-    return halves + [(0, 0, 0, 0)] * (len(halves) % 2)
+        for column in range(0, size, _HALF):
+            yield first + column, first + column, min(_HALF, size - column), split
 
 
 def _paired_halves(size: int) -> Iterator[tuple[int, int, int, int]]:

@@ -52,9 +52,9 @@ class Call {
   // Calls of one op with equal keys check the same memory against the same bounds.
   virtual std::vector<int64_t> check_key() const = 0;
 
-  // Where the thread begins to read what is too large to stay in a cache between two runs of the
-  // call, or null: the call before brings it.
-  virtual const void* first_read(const Team&) const { return nullptr; }
+  // What the thread reads first of what is too large to stay in a cache between two runs of the
+  // call, or nothing: the calls before bring it.
+  virtual Span first_read(const Team&) const { return {}; }
 
   // This thread's part of the work. Every thread of the team calls it, in the same order of calls.
   virtual void run(Team& team) const = 0;

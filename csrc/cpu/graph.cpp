@@ -8,7 +8,7 @@ namespace fssa::cpu {
 void Graph::add(std::shared_ptr<const Call> call) {
   const Call& added = *call;
   if (keys_.emplace(typeid(added), added.check_key()).second) checked_.push_back(&added);
-  if (added.first_read(Team(0, 1, nullptr)) != nullptr) {
+  if (added.first_read(Team(0, 1, nullptr)).bytes > 0) {
     for (auto after = reader_after_.rbegin(); after != reader_after_.rend() && !*after; ++after) {
       *after = &added;
     }
@@ -19,7 +19,7 @@ void Graph::add(std::shared_ptr<const Call> call) {
 
 void Graph::run(size_t index, Team& team) const {
   const Call* reader = reader_after_[index];
-  team.set_upcoming(reader != nullptr ? reader->first_read(team) : nullptr);
+  team.set_upcoming(reader != nullptr ? reader->first_read(team) : Span{});
   calls_[index]->run(team);
   team.barrier();
 }

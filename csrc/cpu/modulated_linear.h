@@ -3,7 +3,8 @@
 // Weights lie in panels of 32 output columns, two halves of 16, so that a step of the inner loop
 // reads two whole registers: fp32 [panel][K][32], bf16 [panel][K/2][32][2] (an odd K is padded by a
 // zero). A half belongs to one projection; where projections are multiplied in the epilogue, the
-// two halves of a panel are the same columns of both.
+// two halves of a panel are the same columns of both. A, whose columns are few, lies in panels of
+// one half each.
 #pragma once
 
 #include <cstdint>
@@ -26,17 +27,28 @@ struct Half {
   int32_t split;   // the projection they belong to
 };
 
-inline int64_t panel_bytes(DType dtype, int64_t k) {
-  return dtype == DType::kFloat32 ? k * kPanelColumns * 4 : (k + 1) / 2 * kPanelColumns * 4;
+inline int64_t half_bytes(DType dtype, int64_t k) {
+  return (dtype == DType::kFloat32 ? k : (k + 1) / 2) * kHalfColumns * 4;
 }
 
+inline int64_t panel_bytes(DType dtype, int64_t k) { return 2 * half_bytes(dtype, k); }
+
+// How a matrix [*, K] lies in panels of `panel_halves` halves.
+struct PanelLayout {
+  DType dtype = DType::kFloat32;
+  int64_t k = 0;
+  const Half* halves = nullptr;
+  int64_t num_halves = 0;  // a multiple of panel_halves
+  int64_t panel_halves = 2;
+};
+
 // Lays a row-major matrix [N, K] out in panels at `out`.
-void pack_matrix(void* out, const void* matrix, DType dtype, int64_t row_stride, int64_t k,
-                 const Half* halves, int64_t num_halves, int num_threads);
+void pack_matrix(void* out, const void* matrix, int64_t row_stride, const PanelLayout& layout,
+                 int num_threads);
 
 // The reverse, into a row-major matrix.
-void unpack_matrix(void* matrix, const void* packed, DType dtype, int64_t row_stride, int64_t k,
-                   const Half* halves, int64_t num_halves, int num_threads);
+void unpack_matrix(void* matrix, const void* packed, int64_t row_stride, const PanelLayout& layout,
+                   int num_threads);
 
 // Rows `index` of the matrix that was packed in one projection: y_t = scale * W[index_t].
 struct TakeRowsCall final : Call {
@@ -72,7 +84,7 @@ struct ModulatedLinearCall final : Call {
   DType dtype = DType::kFloat32;  // of x, weight and bias
   const void* weight = nullptr;   // packed
   const void* bias = nullptr;     // [N] or null
-  SideMatrix lora_a;              // [S*R,K] packed in one projection; factors [U,S*R,K] row-major
+  SideMatrix lora_a;              // [S*R,K] in panels of one half; factors [U,S*R,K] row-major
   SideMatrix lora_b;              // [N,R] packed like the weight; factors [U,N,R] row-major
   SideMatrix rows;                // [U,S*R] or [U,S,R,R], a user's part contiguous
   const int32_t* slots = nullptr;
@@ -90,15 +102,18 @@ struct ModulatedLinearCall final : Call {
 
   int64_t width() const { return num_splits * rank; }
   int64_t num_panels() const { return num_halves / 2; }
-  const void* panel(int64_t index) const {
+  const char* panel(int64_t index) const {
     return static_cast<const char*>(weight) + index * panel_bytes(dtype, in_features);
   }
-  // The panel a thread of the team begins with, where rows are few.
-  const void* first_panel(const Team& team) const { return panel(team.share(num_panels()).first); }
+  int64_t shrink_halves() const { return (width() + kHalfColumns - 1) / kHalfColumns; }
+  // The panel a thread of the team begins with, or nearly, where rows are few.
+  Span first_panel(const Team& team) const {
+    return {panel(team.share(num_panels()).first), panel_bytes(dtype, in_features)};
+  }
 
   void check() const override;
   std::vector<int64_t> check_key() const override;
-  const void* first_read(const Team& team) const override;
+  Span first_read(const Team& team) const override;
   void run(Team& team) const override;
 };
 

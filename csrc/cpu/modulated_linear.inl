@@ -26,10 +26,18 @@ FSSA_INLINE void fetch(Ahead& ahead) {
   ahead.at += kStepBytes;
 }
 
-// acc += x W^T for kRows rows and the first kHalves halves at `panel`, of a packed matrix [*, k].
-template <int kRows, int kHalves, typename Next>
+// Where the rows of x for the second half of a panel are, seen from those for the first.
+struct Same {};
+
+FSSA_INLINE int64_t second(Same) { return 0; }
+FSSA_INLINE int64_t second(int64_t distance) { return distance; }
+
+// acc += x W^T for kRows rows and the first kHalves halves at `panel`, of a packed matrix [*, k]
+// whose next column pair is `step` words away.
+template <int kRows, int kHalves, typename Next, typename Apart = Same>
 FSSA_INLINE void accumulate(const BFloat16* const* x, const BFloat16* panel, int64_t k,
-                            Vec (&acc)[kRows][kHalves], Next ahead, int64_t step = kPanelColumns) {
+                            Vec (&acc)[kRows][kHalves], Next ahead, int64_t step = kPanelColumns,
+                            Apart apart = {}) {
   const uint32_t* w = reinterpret_cast<const uint32_t*>(panel);
   for (int64_t p = 0; p < k / 2; ++p, w += step) {
     Pairs columns[kHalves];
@@ -38,24 +46,27 @@ FSSA_INLINE void accumulate(const BFloat16* const* x, const BFloat16* panel, int
     fetch<kRows>(ahead);
     FSSA_UNROLL
     for (int r = 0; r < kRows; ++r) {
-      const Pairs pair = broadcast_pair(x[r] + 2 * p);
       FSSA_UNROLL
-      for (int h = 0; h < kHalves; ++h) acc[r][h] = dot_pairs(acc[r][h], columns[h], pair);
+      for (int h = 0; h < kHalves; ++h) {
+        const Pairs pair = broadcast_pair(x[r] + h * second(apart) + 2 * p);
+        acc[r][h] = dot_pairs(acc[r][h], columns[h], pair);
+      }
     }
   }
   if (k % 2) {
     for (int r = 0; r < kRows; ++r) {
-      const Pairs pair = broadcast_bits(x[r][k - 1].bits);
       for (int h = 0; h < kHalves; ++h) {
+        const Pairs pair = broadcast_bits(x[r][h * second(apart) + k - 1].bits);
         acc[r][h] = dot_pairs(acc[r][h], load_pairs(w + kHalfColumns * h), pair);
       }
     }
   }
 }
 
-template <int kRows, int kHalves, typename X, typename Next>
+template <int kRows, int kHalves, typename X, typename Next, typename Apart = Same>
 FSSA_INLINE void accumulate(const X* const* x, const float* panel, int64_t k,
-                            Vec (&acc)[kRows][kHalves], Next ahead, int64_t step = kPanelColumns) {
+                            Vec (&acc)[kRows][kHalves], Next ahead, int64_t step = kPanelColumns,
+                            Apart apart = {}) {
   const float* w = panel;
   for (int64_t i = 0; i < k; ++i, w += step) {
     Vec columns[kHalves];
@@ -64,18 +75,19 @@ FSSA_INLINE void accumulate(const X* const* x, const float* panel, int64_t k,
     fetch<kRows>(ahead);
     FSSA_UNROLL
     for (int r = 0; r < kRows; ++r) {
-      const Vec value = broadcast(to_float(x[r][i]));
       FSSA_UNROLL
-      for (int h = 0; h < kHalves; ++h) acc[r][h] = fma(columns[h], value, acc[r][h]);
+      for (int h = 0; h < kHalves; ++h) {
+        const Vec value = broadcast(to_float(x[r][h * second(apart) + i]));
+        acc[r][h] = fma(columns[h], value, acc[r][h]);
+      }
     }
   }
 }
 
-// Where half `index` of a packed matrix [*, k] begins.
+// What lies `bytes` into a packed matrix.
 template <typename W>
-FSSA_INLINE const W* half_at(const void* packed, DType dtype, int64_t k, int64_t index) {
-  const char* panel = static_cast<const char*>(packed) + index / 2 * panel_bytes(dtype, k);
-  return reinterpret_cast<const W*>(panel + index % 2 * (kHalfColumns * 4));
+FSSA_INLINE const W* packed_at(const void* packed, int64_t bytes) {
+  return reinterpret_cast<const W*>(static_cast<const char*>(packed) + bytes);
 }
 
 // Dot products of x with `num` rows of a row-major matrix.
@@ -113,8 +125,9 @@ FSSA_NOINLINE void shrink_tile(const ModulatedLinearCall& a, int64_t t, int64_t 
     x[r] = static_cast<const X*>(a.x) + (t + r) * a.x_stride;
     acc[r][0] = broadcast(0.0f);
   }
-  accumulate(x, half_at<A>(a.lora_a.data, a.lora_a.dtype, a.in_features, half), a.in_features,
-             acc, ahead);
+  const A* columns =
+      packed_at<A>(a.lora_a.data, half * half_bytes(a.lora_a.dtype, a.in_features));
+  accumulate(x, columns, a.in_features, acc, ahead, kHalfColumns);
   const int64_t first = half * kHalfColumns, valid = smaller(kHalfColumns, a.width() - first);
   for (int r = 0; r < kRows; ++r) {
     Vec value = acc[r][0];
@@ -143,18 +156,18 @@ FSSA_INLINE void shrink_tile_of(int64_t rows, const ModulatedLinearCall& a, int6
   shrink_tile<kRows, X, A>(a, t, half, ahead);
 }
 
+FSSA_INLINE int64_t num_tiles(int64_t num_tokens) { return (num_tokens + kMaxRows - 1) / kMaxRows; }
+
 template <typename X, typename A>
 FSSA_INLINE void shrink(const ModulatedLinearCall& a, int64_t num_tokens, Team& team) {
-  const int64_t halves = (a.width() + kHalfColumns - 1) / kHalfColumns;
-  const int64_t tiles = (num_tokens + kMaxRows - 1) / kMaxRows;
+  const int64_t halves = a.shrink_halves(), tiles = num_tiles(num_tokens);
   const Range mine = team.share(halves * tiles);
   for (int64_t i = mine.first; i < mine.last; ++i) {
     const int64_t tile = i / halves;
     const int64_t first = num_tokens * tile / tiles, last = num_tokens * (tile + 1) / tiles;
     // The last tile brings the first panel of the weight.
-    const char* next = static_cast<const char*>(a.first_panel(team));
-    const int64_t bytes = i + 1 == mine.last ? panel_bytes(a.dtype, a.in_features) : 0;
-    const Ahead ahead{next, next + bytes};
+    const Span next = i + 1 == mine.last ? a.first_panel(team) : Span{};
+    const Ahead ahead{next.data, next.data + next.bytes};
     shrink_tile_of<kMaxRows, X, A>(last - first, a, first, i % halves, ahead);
   }
 }
@@ -211,24 +224,13 @@ template <int kRows, typename B>
 FSSA_INLINE void expand_packed(const ModulatedLinearCall& a, int64_t t, int64_t panel,
                                Vec (&acc)[kRows][2]) {
   const Half* halves = a.halves + 2 * panel;
-  const B* b = half_at<B>(a.lora_b.data, a.lora_b.dtype, a.rank, 2 * panel);
   const B* v[kRows];
   for (int r = 0; r < kRows; ++r) {
     v[r] = static_cast<const B*>(a.low_rank) + (t + r) * a.width() + halves[0].split * a.rank;
   }
-  if (halves[0].split == halves[1].split || halves[1].valid == 0) {
-    accumulate(v, b, a.rank, acc, NothingAhead{});
-    return;
-  }
-  Vec one[kRows][1];
-  for (int h = 0; h < 2; ++h) {
-    for (int r = 0; r < kRows; ++r) {
-      v[r] = static_cast<const B*>(a.low_rank) + (t + r) * a.width() + halves[h].split * a.rank;
-      one[r][0] = acc[r][h];
-    }
-    accumulate(v, half_at<B>(a.lora_b.data, a.lora_b.dtype, a.rank, 2 * panel + h), a.rank, one, NothingAhead{});
-    for (int r = 0; r < kRows; ++r) acc[r][h] = one[r][0];
-  }
+  const int64_t apart = (halves[1].valid ? halves[1].split - halves[0].split : 0) * a.rank;
+  const B* b = packed_at<B>(a.lora_b.data, panel * panel_bytes(a.lora_b.dtype, a.rank));
+  accumulate(v, b, a.rank, acc, NothingAhead{}, kPanelColumns, apart);
 }
 
 // The same with each row's own B.
@@ -248,6 +250,14 @@ FSSA_INLINE void expand_own(const ModulatedLinearCall& a, int64_t t, int64_t pan
   }
 }
 
+// Asks for one panel of B, too short for the machine's own prefetcher to notice.
+FSSA_INLINE void fetch_expand(const ModulatedLinearCall& a, int64_t panel) {
+  if (a.family == Family::kNone || a.family == Family::kFactors) return;
+  const int64_t bytes = panel_bytes(a.lora_b.dtype, a.rank);
+  const char* b = static_cast<const char*>(a.lora_b.data) + panel * bytes;
+  for (int64_t i = 0; i < bytes; i += 64) prefetch(b + i);
+}
+
 // Rows [t, t + kRows) of one panel, from the product to the stored result. `ready` is called once
 // the product is done and before the low-rank term is needed.
 template <int kRows, typename T, typename Ready>
@@ -259,8 +269,7 @@ FSSA_NOINLINE void tile(const ModulatedLinearCall& a, int64_t t, int64_t panel,
     x[r] = static_cast<const T*>(a.x) + (t + r) * a.x_stride;
     acc[r][0] = acc[r][1] = broadcast(0.0f);
   }
-  accumulate(x, half_at<T>(a.weight, a.dtype, a.in_features, 2 * panel), a.in_features, acc,
-             ahead);
+  accumulate(x, packed_at<T>(a.panel(panel), 0), a.in_features, acc, ahead);
   ready();
   if (a.family == Family::kFactors) {
     expand_own(a, t, panel, acc);
@@ -304,6 +313,17 @@ FSSA_INLINE void tile_of(int64_t rows, const ModulatedLinearCall& a, int64_t t, 
   tile<kRows, T>(a, t, panel, ready, ahead);
 }
 
+// This thread's part of `tiles`. Each is two halves wide, and a tile of the shrink is one, so that
+// whoever had more of that gets less of this.
+FSSA_INLINE Range product_share(const Team& team, int64_t shrink_tiles, int64_t tiles) {
+  if (2 * tiles < team.size()) return team.share(tiles);
+  const int64_t all = 2 * tiles + shrink_tiles, size = team.size();
+  const auto bound = [&](int64_t index) {
+    return (all * index / size - shrink_tiles * index / size) / 2;
+  };
+  return {bound(team.index()), bound(team.index() + 1)};
+}
+
 template <typename T>
 void modulated_linear(const ModulatedLinearCall& a, Team& team) {
   const int64_t num_tokens = a.count.get();
@@ -319,28 +339,32 @@ void modulated_linear(const ModulatedLinearCall& a, Team& team) {
     if (!waited) team.wait();
     waited = true;
   };
-  // Rows in chunks whose x stays in L2 while the panels pass; each chunk in tiles of equal height.
+  // Rows in tiles of equal height, tiles in chunks whose x stays in L2 while the panels pass.
   constexpr int64_t kChunkBytes = 256 * 1024;
   const int64_t row_bytes = larger(1, a.in_features * size_of(a.dtype));
-  const int64_t chunk = larger(kMaxRows, kChunkBytes / row_bytes / kMaxRows * kMaxRows);
-  // With few panels for many threads, the chunks are shared out as well.
-  const int64_t num_panels = a.num_panels(), bytes = panel_bytes(a.dtype, a.in_features);
-  const int64_t num_chunks = (num_tokens + chunk - 1) / chunk;
-  const Range mine = team.share(num_panels * num_chunks);
-  for (int64_t i = mine.first; i < mine.last; ++i) {
-    const int64_t panel = i % num_panels, number = i / num_panels;
-    // Chunks of equal height, or a thread would get the short one.
-    const int64_t start = num_tokens * number / num_chunks;
-    const int64_t rows = num_tokens * (number + 1) / num_chunks - start;
-    const int64_t tiles = (rows + kMaxRows - 1) / kMaxRows;
-    // The next panel comes from memory while the tiles of this one are computed.
-    const char* next = static_cast<const char*>(
-        i + 1 < mine.last ? a.panel((i + 1) % num_panels) : team.upcoming());
-    const int64_t ahead = next != nullptr ? bytes : 0;
-    for (int64_t j = 0; j < tiles; ++j) {
-      const int64_t first = rows * j / tiles, last = rows * (j + 1) / tiles;
-      const Ahead part{next + ahead * j / tiles, next + ahead * (j + 1) / tiles};
-      tile_of<kMaxRows, T>(last - first, a, start + first, panel, ready, part);
+  const int64_t num_panels = a.num_panels(), tiles = num_tiles(num_tokens);
+  const int64_t chunk_tiles = larger(1, kChunkBytes / row_bytes / kMaxRows);
+  const int64_t chunks = (tiles + chunk_tiles - 1) / chunk_tiles;
+  const bool shrinks = modulated && a.family != Family::kFactors;
+  const Range mine =
+      product_share(team, shrinks ? a.shrink_halves() * tiles : 0, num_panels * tiles);
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const Range rows{tiles * chunk / chunks, tiles * (chunk + 1) / chunks};
+    const int64_t height = rows.last - rows.first, start = num_panels * rows.first;
+    const int64_t stop = smaller(mine.last, start + num_panels * height);
+    for (int64_t i = larger(mine.first, start); i < stop; ++i) {
+      const int64_t panel = (i - start) / height, j = (i - start) % height;
+      if (j == 0 || i == mine.first) fetch_expand(a, panel);
+      // The next panel comes from memory while the tiles of this one are computed.
+      Span next = team.upcoming();
+      if (i - j + height < mine.last) {
+        next = {a.panel((panel + 1) % num_panels), panel_bytes(a.dtype, a.in_features)};
+      }
+      const Ahead ahead{next.data + next.bytes * j / height,
+                        next.data + next.bytes * (j + 1) / height};
+      const int64_t tile = rows.first + j;
+      const int64_t first = num_tokens * tile / tiles, last = num_tokens * (tile + 1) / tiles;
+      tile_of<kMaxRows, T>(last - first, a, first, panel, ready, ahead);
     }
   }
   ready();

@@ -17,6 +17,11 @@ struct Range {
   int64_t last;
 };
 
+struct Span {
+  const char* data = nullptr;
+  int64_t bytes = 0;
+};
+
 inline void relax() {
 #if defined(__x86_64__) || defined(_M_X64)
   __builtin_ia32_pause();
@@ -58,9 +63,9 @@ class Team {
     wait();
   }
 
-  // What this thread will read from memory after the call at hand, or null.
-  const void* upcoming() const { return upcoming_; }
-  void set_upcoming(const void* address) { upcoming_ = address; }
+  // What this thread will read from memory after the call at hand.
+  Span upcoming() const { return upcoming_; }
+  void set_upcoming(Span memory) { upcoming_ = memory; }
 
   // This thread's contiguous part of `count` equal pieces of work.
   Range share(int64_t count) const {
@@ -74,7 +79,7 @@ class Team {
   int size_;
   std::atomic<int64_t>* arrivals_;
   int64_t due_ = 0;
-  const void* upcoming_ = nullptr;
+  Span upcoming_;
 };
 
 // Runs work(team) on `num_threads` threads at once (fewer where OpenMP grants fewer) and returns

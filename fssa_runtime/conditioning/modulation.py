@@ -32,7 +32,7 @@ class LinearModulation:
         if self.family == "factors":
             return self
         if not isinstance(lora_a, PackedMatrix):
-            lora_a = pack_matrix(lora_a, arena=arena)
+            lora_a = pack_matrix(lora_a, narrow=True, arena=arena)
         if not isinstance(lora_b, PackedMatrix):
             lora_b = pack_matrix(lora_b, splits=self.splits, paired=paired, arena=arena)
         return replace(self, lora_a=lora_a, lora_b=lora_b)

@@ -1,3 +1,4 @@
+import itertools
 import threading
 
 import pytest
@@ -185,7 +186,7 @@ def packed(inputs):
     options = dict(splits=inputs.get("splits"), paired=inputs.get("epilogue", "none") != "none")
     changed = {**inputs, "weight": pack_matrix(inputs["weight"], **options)}
     if inputs.get("lora_b") is not None and inputs["family"] != "factors":
-        changed["lora_a"] = pack_matrix(inputs["lora_a"])
+        changed["lora_a"] = pack_matrix(inputs["lora_a"], narrow=True)
         changed["lora_b"] = pack_matrix(inputs["lora_b"], **options)
     return changed
 
@@ -215,8 +216,9 @@ def test_auto_does_not_pack_for_one_call():
 def test_packing_is_undone_to_the_bit(dtype, splits, width):
     matrix = torch.randn(sum(splits), width + 3).to(dtype)[:, 1 : 1 + width]
     matrix[0, 0] = float("nan")
-    for paired in {False, len(splits) == 2 and splits[0] == splits[1]}:
-        again = pack_matrix(matrix, splits=splits, paired=paired).unpack()
+    can_pair = len(splits) == 2 and splits[0] == splits[1]
+    for paired, narrow in itertools.product({False, can_pair}, (False, True)):
+        again = pack_matrix(matrix, splits=splits, paired=paired, narrow=narrow).unpack()
         assert torch.equal(again.view(torch.uint8), matrix.contiguous().view(torch.uint8))
 
 
@@ -224,6 +226,7 @@ def test_packing_is_undone_to_the_bit(dtype, splits, width):
     ("change", "message"),
     [
         (dict(splits=[17, 10]), "weight was packed for splits"),
+        (dict(lora_a=False), "lora_a was packed with narrow=False"),
         (dict(x=torch.zeros(5, 38)), r"weight: expected shape \(26, 38\), got packed shape"),
         (dict(x=torch.zeros(5, 37).bfloat16()), "weight: expected dtype torch.bfloat16, got pack"),
     ],
@@ -234,6 +237,8 @@ def test_packed_weights_that_do_not_fit_are_refused(change, message):
         inputs["lora_b"] = inputs["lora_b"].unpack()
         inputs["weight"] = pack_matrix(torch.zeros(27, 37), splits=[10, 17])
         inputs["lora_b"] = torch.zeros(27, 3)
+    if "lora_a" in change:
+        change = {"lora_a": pack_matrix(inputs["lora_a"].unpack())}
     with pytest.raises((ValueError, TypeError), match=message):
         native({**inputs, **change})
 

@@ -320,7 +320,7 @@ def batch_of(name, dtype):
         options = dict(splits=inputs["splits"], paired=inputs["epilogue"] != "none")
         inputs["weight"] = pack_matrix(inputs["weight"], **options)
         if inputs["family"] not in ("none", "factors"):
-            inputs["lora_a"] = pack_matrix(inputs["lora_a"])
+            inputs["lora_a"] = pack_matrix(inputs["lora_a"], narrow=True)
             inputs["lora_b"] = pack_matrix(inputs["lora_b"], **options)
     return op, inputs
 

@@ -63,8 +63,8 @@ def modulated_linear(
         weight: [N,K], x.dtype. bias: [N], x.dtype, or None.
         lora_a: [S*R,K] (factors: [U,S*R,K]), lora_b: [N,R] (factors: [U,N,R]); x.dtype or fp32.
             On a CPU weight, lora_a and lora_b (not those of factors) may be what `pack_matrix`
-            made of them, lora_a without splits: that is what the native kernel reads; then there
-            are no gradients.
+            made of them, lora_a narrow and without splits: that is what the native kernel reads;
+            then there are no gradients.
         rows: gated [U,S*R], core [U,S,R,R]; x.dtype or fp32; may be a strided view of a table.
         slots: [T] int32 in [0, U); needed by gated, core and factors. none and static do not
             depend on the user and take it without reading it.

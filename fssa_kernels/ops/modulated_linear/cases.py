@@ -84,7 +84,7 @@ def _prepare(inputs: Inputs, backend: str) -> Inputs:
     options = {"splits": inputs["splits"], "paired": inputs["epilogue"] != "none"}
     packed = {**inputs, "weight": pack_matrix(inputs["weight"], **options)}
     if inputs["family"] not in ("none", "factors"):
-        packed["lora_a"] = pack_matrix(inputs["lora_a"])
+        packed["lora_a"] = pack_matrix(inputs["lora_a"], narrow=True)
         packed["lora_b"] = pack_matrix(inputs["lora_b"], **options)
     return packed
 

@@ -41,6 +41,8 @@ def cannot_native(
         return f"one slot's part of rows is not contiguous (strides {rows.stride()})"
     for name, matrix in (("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b)):
         if isinstance(matrix, PackedMatrix):
+            if matrix.narrow != (name == "lora_a"):
+                return f"{name} was packed with narrow={matrix.narrow}"
             if name != "lora_a" and (
                 matrix.splits != tuple(splits) or matrix.paired != (epilogue != "none")
             ):
@@ -104,7 +106,8 @@ def modulated_linear_native(
         rank, num_users = lora_b.shape[-1], lora_a.shape[0]
         low_rank = empty(x, (num_tokens, len(splits) * rank), torch.float32)
     elif lora_a is not None and lora_b is not None:
-        shrink, expand = _packed(lora_a), _packed(lora_b, splits, epilogue)
+        shrink = lora_a if isinstance(lora_a, PackedMatrix) else pack_matrix(lora_a, narrow=True)
+        expand = _packed(lora_b, splits, epilogue)
         rank, num_users = expand.shape[1], 0 if rows is None else rows.shape[0]
         low_rank = empty(x, (num_tokens, len(splits) * rank), expand.dtype)
         if family == "core":
@@ -149,11 +152,7 @@ def modulated_linear_native(
     return y
 
 
-def _packed(
-    matrix: Tensor | PackedMatrix,
-    splits: Sequence[int] | None = None,
-    epilogue: str = "none",
-) -> PackedMatrix:
+def _packed(matrix: Tensor | PackedMatrix, splits: Sequence[int], epilogue: str) -> PackedMatrix:
     if isinstance(matrix, PackedMatrix):
         return matrix
     return pack_matrix(matrix, splits=splits, paired=epilogue != "none")

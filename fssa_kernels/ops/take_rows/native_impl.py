@@ -10,8 +10,11 @@ def cannot_native(table: Tensor | PackedMatrix, index: Tensor, scale: float) -> 
     """Why the native kernel is unable to serve these inputs, or None."""
     if not isinstance(table, PackedMatrix):
         return unsupported(table=table, index=index)
-    if len(table.splits) > 1:
-        return f"table was packed as {len(table.splits)} projections, rows are taken from one"
+    if len(table.splits) > 1 or table.narrow:
+        return (
+            f"table was packed as {len(table.splits)} projections with narrow={table.narrow}, rows "
+            "are taken from one in wide panels"
+        )
     return unsupported(index=index)
 
 
