@@ -88,6 +88,18 @@ FSSA_INLINE void mix_rows(const T* const* values, int64_t num, const float* weig
   }
 }
 
+template <int kRows, typename T>
+FSSA_INLINE void mix_rows_of(int64_t rows, const T* const* values, int64_t num,
+                             const float* weights, float* out, int64_t padded, int64_t dim) {
+  if constexpr (kRows > 1) {
+    if (rows < kRows) {
+      mix_rows_of<kRows - 1>(rows, values, num, weights, out, padded, dim);
+      return;
+    }
+  }
+  mix_rows<kRows>(values, num, weights, out, padded, dim);
+}
+
 // weights[j] = scale q . k_j for kRows rows of a piece and every key of the block.
 template <int kRows, typename T>
 FSSA_NOINLINE void score_rows(const AttentionCall& a, const AttentionPiece& piece,
@@ -234,14 +246,9 @@ FSSA_INLINE void attend(const AttentionCall& a, const AttentionPiece& piece,
       fetch_keys<T>(a, next, oldest_key(a, next));
     }
     for (int64_t row = 0; row < num_rows; ++row) soften_row(a, piece, s, row, first, num);
-    int64_t row = 0;
-    for (; row + kMixRows <= num_rows; row += kMixRows) {
-      mix_rows<kMixRows>(values, num, s.weights + row * kKeyBlock, s.out + row * padded, padded,
-                         a.head_dim);
-    }
-    for (; row < num_rows; ++row) {
-      mix_rows<1>(values, num, s.weights + row * kKeyBlock, s.out + row * padded, padded,
-                  a.head_dim);
+    for (int64_t row = 0; row < num_rows; row += kMixRows) {
+      mix_rows_of<kMixRows>(num_rows - row, values, num, s.weights + row * kKeyBlock,
+                            s.out + row * padded, padded, a.head_dim);
     }
   }
   for (int64_t r = 0; r < num_rows; ++r) {
