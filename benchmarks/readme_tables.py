@@ -201,7 +201,7 @@ def cpu_decode() -> str:
         "",
         f"Of what the same threads read in the same run ({statistics.median(samples) / 1e9:.1f} "
         "GB/s in the median; the ratios are taken round by round), every row another user uses "
-        f" {', '.join(shares)}.",
+        f"{', '.join(shares)}.",
     ]
     return "\n".join(lines)
 

@@ -26,7 +26,7 @@ from .training.tastes import TASTES, describe
 from .users.examples import ExampleUser, read_users
 
 USERS_FILE = "example_users.json"
-DEFAULT_PROMPT = "How do plants make their food?"
+DEFAULT_PROMPT = "What should I see in Paris?"
 
 
 def shipped_conditioning(model: str) -> Path:
