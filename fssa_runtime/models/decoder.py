@@ -7,6 +7,8 @@ tensors (training, any device) or packed for the native CPU kernels (serving, `D
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -21,12 +23,19 @@ from fssa_kernels import (
 from fssa_kernels.native import DTYPE_CODES, NATIVE
 
 from ..conditioning.modulation import LinearModulation, Modulation
+from ..memory import give_back_freed_memory
 from .attention import Attention, HeadNorms
 from .config import DecoderConfig
 
 
 def _frozen(*shape: int, dtype: torch.dtype, device: torch.device | str) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+
+
+def _pack_in_place(module: nn.Module, name: str, arena: PackArena, **layout: Any) -> None:
+    weight = getattr(module, name)
+    delattr(module, name)
+    setattr(module, name, pack_matrix(weight, arena=arena, **layout))
 
 
 class DecoderLayer(nn.Module):
@@ -226,15 +235,13 @@ class Decoder(nn.Module):
         arena = PackArena()
         for layer in self.blocks:
             for name, splits, paired in layer.linears():
-                weight = getattr(layer, name)
-                delattr(layer, name)
-                setattr(layer, name, pack_matrix(weight, splits=splits, paired=paired, arena=arena))
-        head, tied = self.lm_head, self.embedding is self.lm_head
-        del self.lm_head
-        self.lm_head = pack_matrix(head, arena=arena)
+                _pack_in_place(layer, name, arena, splits=splits, paired=paired)
+        tied = self.embedding is self.lm_head
+        _pack_in_place(self, "lm_head", arena)
         if tied:
             del self.embedding
             self.embedding = self.lm_head
+        give_back_freed_memory()
 
     def _norm(
         self,
