@@ -330,7 +330,8 @@ def show(summary: dict[str, Any], absent: dict[str, str], console: Console) -> N
         console.print(f"{name}: not measured ({reason})")
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
+    """What a result was measured on, and from which commit."""
     assert NATIVE is not None
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
@@ -433,7 +434,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     show(summary, absent, console)
     if options.json is not None:
         result = {
-            "machine": _machine(),
+            "machine": machine(),
             "model": options.model,
             "rank": RANK,
             "prompt_tokens": len(prompt),

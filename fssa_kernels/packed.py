@@ -24,7 +24,6 @@ from torch import Tensor
 from fssa_kernels.native import DTYPE_CODES, MISSING, NATIVE
 
 _HALF = 16
-_PANEL = 2 * _HALF
 _HUGE_PAGE = 1 << 21  # x86-64's and aarch64's: fewer entries of the TLB for what is read end to end
 _BLOCK = 1 << 26
 _LINE = 64

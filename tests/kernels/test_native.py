@@ -366,7 +366,7 @@ def test_the_number_of_threads_changes_nothing(name, dtype):
     for chosen in (slice(0, 1), slice(40, 73)):
         part = rows_of(op, inputs, chosen)
         one = run(op, part)
-        for num_threads in (2, 3):
+        for num_threads in (2, 3, 8):
             torch.set_num_threads(num_threads)
             assert same_bits(run(op, part), one), num_threads
         torch.set_num_threads(1)

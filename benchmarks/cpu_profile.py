@@ -1,0 +1,114 @@
+"""Where a decode step on a CPU spends its time, op by op, base only and modulated.
+
+    python -m benchmarks.cpu_profile --batch 1,8,32 --json FILE
+
+The recorded step of `benchmarks.cpu_decode`, timed inside the native call; the two sides in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.cpu_decode import Ours, machine
+from fssa_kernels.native import NATIVE
+from fssa_runtime.engine.runner import Row
+from fssa_runtime.models.language_model import LanguageModel
+from fssa_runtime.models.pull import DEFAULT_MODEL
+from fssa_runtime.request import SamplingParams
+from fssa_runtime.threads import set_threads
+
+ROWS = ("base only", "all distinct")
+LINEARS = ("qkv", "o", "gate_up", "down")
+PAGE = 16  # tokens, of `Engine`
+
+
+def parts(names: Sequence[str]) -> list[str]:
+    """What each call of a step is called here: linears by what they compute."""
+    linears = [index for index, name in enumerate(names) if name == "modulated_linear"]
+    labels = {index: LINEARS[place % 4] for place, index in enumerate(linears[:-1])}
+    labels[linears[-1]] = "head"
+    return [labels.get(index, name) for index, name in enumerate(names)]
+
+
+def profile(ours: Ours, row: str, batch: int, keys: int, repeats: int) -> dict[str, float]:
+    """Milliseconds of one step by part, with ``keys`` keys in every row."""
+    runner = ours.engines[row].runner
+    graph = runner._graph
+    assert graph is not None
+    pages = -(-keys // PAGE)
+    runner.run(
+        [
+            Row(
+                [100 + b],
+                keys - 1,
+                list(range(b * pages, (b + 1) * pages)),
+                0 if row == "base only" else ours.slots[b],
+                SamplingParams(),
+            )
+            for b in range(batch)
+        ]
+    )
+    seconds = graph.profile(repeats, tokens=batch, sequences=batch)
+    result: dict[str, float] = {}
+    for part, value in zip(parts(graph.names), seconds, strict=True):
+        result[part] = result.get(part, 0.0) + 1e3 * value
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the profile."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--batch", default="1,8,32", help="comma-separated batch sizes")
+    parser.add_argument("--keys", type=int, default=80, help="keys of every row (80)")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=None, help="default: physical cores")
+    parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser.add_argument("--json", type=Path, help="where the result goes")
+    options = parser.parse_args(arguments)
+    console = Console()
+    if NATIVE is None:
+        console.print("the native kernels are not built: nothing to measure")
+        return 1
+    try:
+        batches = [int(size) for size in options.batch.split(",")]
+    except ValueError:
+        parser.error(f"--batch: expected numbers, got {options.batch!r}")
+    if min([*batches, options.keys, options.rounds]) < 1 or options.keys > 240:
+        parser.error("sizes and rounds must be at least 1, keys at most 240")
+    set_threads(options.threads)
+    ours = Ours(LanguageModel.load(options.model, dtype="bfloat16"), max(batches), 512)
+    result: dict[str, Any] = {"machine": machine(), "keys": options.keys, "steps": {}, "raw": {}}
+    for batch in batches:
+        raw: dict[str, list[dict[str, float]]] = {row: [] for row in ROWS}
+        for _ in range(options.rounds):
+            for row in ROWS:
+                raw[row].append(profile(ours, row, batch, options.keys, 4))
+        steps = {
+            row: {part: statistics.median(r[part] for r in rounds) for part in rounds[0]}
+            for row, rounds in raw.items()
+        }
+        result["raw"][str(batch)], result["steps"][str(batch)] = raw, steps
+        table = Table(title=f"batch {batch}, ms a step", title_justify="left")
+        for column in ("", *ROWS):
+            table.add_column(column, justify="right" if column else "left")
+        for part in steps[ROWS[0]]:
+            table.add_row(part, *(f"{steps[row][part]:.3f}" for row in ROWS))
+        table.add_row("sum", *(f"{sum(steps[row].values()):.3f}" for row in ROWS))
+        console.print(table)
+    if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(result, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
