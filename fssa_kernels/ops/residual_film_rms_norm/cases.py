@@ -20,6 +20,8 @@ class _Sizes:
     weight_offset: float = 0.0
     strided: bool = False
     fp32_side: bool = False
+    low_rank: int = 0
+    gated: bool = True
 
     def make(self, g: torch.Generator, dtype: torch.dtype) -> Inputs:
         side = torch.promote_types(dtype, torch.float32) if self.fp32_side else dtype
@@ -32,21 +34,33 @@ class _Sizes:
             "eps": 1e-5,
             "weight_offset": self.weight_offset,
         }
+        if self.low_rank:
+            a = normal(g, self.low_rank, self.num_channels, dtype=side, std=self.num_channels**-0.5)
+            inputs["lora_a"] = a
+            if self.gated:
+                gates = normal(g, self.num_users, self.low_rank, dtype=side)
+                gates[0] = 0.0
+                inputs["gates"] = within_wider(gates) if self.strided else gates
         if self.film:
             rows = normal(g, self.num_users, 2, self.num_channels, dtype=side, std=0.5)
             rows[:, 0] += 1
             rows[0, 0], rows[0, 1] = 1.0, 0.0
             inputs["rows"] = within_wider(rows) if self.strided else rows
+        if self.film or (self.low_rank and self.gated):
             inputs["slots"] = mixed_slots(g, self.num_tokens, self.num_users)
         return inputs
 
 
 def _work(inputs: Inputs) -> tuple[int, int]:
-    x, rows = inputs["x"], inputs.get("rows")
+    x, rows, lora_a = inputs["x"], inputs.get("rows"), inputs.get("lora_a")
     total = 3 * num_bytes(x) + num_bytes(inputs["residual"], inputs["weight"])
     if rows is not None:
         total += int(inputs["slots"].unique().numel()) * num_bytes(rows[:1])
-    return total, x.numel() * (5 + (inputs["residual"] is not None) + 2 * (rows is not None))
+    flops = x.numel() * (5 + (inputs["residual"] is not None) + 2 * (rows is not None))
+    if lora_a is not None:
+        total += num_bytes(lora_a) + len(x) * len(lora_a) * x.element_size()
+        flops += 2 * x.numel() * len(lora_a)
+    return total, flops
 
 
 _CASES = {
@@ -60,6 +74,9 @@ _CASES = {
     "one-row": _Sizes(num_tokens=1),
     "one-channel": _Sizes(num_channels=1),
     "empty": _Sizes(num_tokens=0),
+    "shrink": _Sizes(film=False, low_rank=6),
+    "shrink-film-strided": _Sizes(num_tokens=19, strided=True, fp32_side=True, low_rank=17),
+    "shrink-static": _Sizes(num_channels=150, residual=False, film=False, low_rank=3, gated=False),
 }
 
 
@@ -69,4 +86,6 @@ def cases() -> Iterator[OpCase]:
         tensors = ["x", "weight"]
         tensors += ["residual"] if sizes.residual else []
         tensors += ["rows"] if sizes.film else []
+        if sizes.low_rank:  # inference only
+            tensors = []
         yield OpCase("residual_film_rms_norm", name, sizes.make, _work, tuple(tensors))

@@ -63,7 +63,11 @@ def residual_film_rms_norm_bwd_ref(
 
 def save_for_bwd(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     """Keep h, and x and residual only for the gradient of gamma."""
-    x, residual, weight, rows, slots, eps, weight_offset, _ = inputs
+    x, residual, weight, rows, slots, lora_a, _, eps, weight_offset, _ = inputs
+    if lora_a is not None:
+        raise RuntimeError(
+            "residual_film_rms_norm: lora_a: expected None where a gradient is wanted, got a tensor"
+        )
     need_rows = ctx.needs_input_grad[3]
     ctx.eps, ctx.weight_offset = eps, weight_offset
     ctx.save_for_backward(
@@ -87,7 +91,7 @@ def residual_film_rms_norm_bwd(
     )
     ds, dweight, drows = (next(grads) if need else None for need in needs)
     dx, dresidual = ds if need_x else None, ds if need_residual else None
-    return dx, dresidual, dweight, drows, None, None, None, None
+    return dx, dresidual, dweight, drows, None, None, None, None, None, None
 
 
 def _fake_bwd(

@@ -11,10 +11,14 @@ def cannot_native(
     weight: Tensor,
     rows: Tensor | None,
     slots: Tensor | None,
+    lora_a: Tensor | None,
+    gates: Tensor | None,
     eps: float,
     weight_offset: float,
 ) -> str | None:
     """Why the native kernel is unable to serve these inputs, or None."""
+    if lora_a is not None:
+        return "the kernel has no product with lora_a"
     reason = unsupported(x=x, residual=residual, weight=weight, rows=rows, slots=slots)
     if reason is None and rows is not None and not rows[:1].is_contiguous():
         return f"one slot's part of rows is not contiguous (strides {rows.stride()})"
@@ -27,6 +31,8 @@ def residual_film_rms_norm_native(
     weight: Tensor,
     rows: Tensor | None,
     slots: Tensor | None,
+    lora_a: Tensor | None,
+    gates: Tensor | None,
     eps: float,
     weight_offset: float,
 ) -> tuple[Tensor, Tensor]:

@@ -39,7 +39,9 @@ def head_norm(x: Tensor, weight: Tensor | None, eps: float, weight_offset: float
     if weight is None:
         return x
     flat = x.reshape(-1, x.shape[-1])
-    normed, _ = residual_film_rms_norm_ref(flat, None, weight, None, None, eps, weight_offset)
+    normed, _ = residual_film_rms_norm_ref(
+        flat, None, weight, None, None, None, None, eps, weight_offset
+    )
     return normed.view(x.shape)
 
 

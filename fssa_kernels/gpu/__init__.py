@@ -1,0 +1,1 @@
+"""What the Triton backends share; nothing here imports triton until a kernel is wanted."""
