@@ -54,7 +54,7 @@ class Op:
         *inputs, backend = args
         run = select(self.name, self.backends, backend, inputs).run
         device_type = inputs[0].device.type
-        if torch.is_autocast_enabled(device_type):
+        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
             with torch.autocast(device_type, enabled=False):
                 return run(*inputs)
         return run(*inputs)

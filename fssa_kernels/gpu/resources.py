@@ -72,7 +72,12 @@ def specialise(launch: Launch) -> Specialisation:
     signature, constants, aligned = [], [], []
     for index, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (value == 1 and type(value) is int):
+        special = not parameter.do_not_specialize
+        if (
+            parameter.is_constexpr
+            or value is None
+            or (special and type(value) is int and value == 1)
+        ):
             signature.append((parameter.name, "constexpr"))
             constants.append((parameter.name, value))
             continue

@@ -15,6 +15,7 @@ from fssa_kernels.checks import (
     check_tensor,
 )
 from fssa_kernels.dispatch import Backend
+from fssa_kernels.gpu.backend import triton_backend
 from fssa_kernels.ops.modulated_linear.gradient import modulated_linear_bwd, save_for_bwd
 from fssa_kernels.ops.modulated_linear.native_impl import (
     avoid_native,
@@ -71,7 +72,7 @@ def modulated_linear(
         splits: sizes of the stacked projections, sum N; None means one projection.
         epilogue: "silu_mul" or "gelu_tanh_mul" need two projections of equal size and return
             act(y[:, :N/2]) * y[:, N/2:]; "gelu_tanh_mul" is the tanh approximation of GELU.
-        backend: "auto", "native" or "reference".
+        backend: "auto", "native", "triton" or "reference".
 
     Returns y [T,N] in x.dtype ([T,N/2] with an epilogue). Differentiable in x, weight, bias,
     lora_a, lora_b and rows, each gradient in its input's dtype, computed only where needed. Under
@@ -82,7 +83,7 @@ def modulated_linear(
 
     Raises TypeError for a non-tensor or a wrong dtype; ValueError for a wrong shape, device,
     family, epilogue or backend, splits that do not sum to N, missing or superfluous tensors, and
-    on a CPU a slot out of range (elsewhere the check would synchronise).
+    on a CPU a slot out of range (on a GPU the check would synchronise: the row is NaN).
 
     Source: arXiv 2412.13998, section on functional conditioning; the gated and core families are
     this project's (METHOD.md section 4).
@@ -226,6 +227,7 @@ _OP = Op(
     prepare=_prepare,
     backends=(
         Backend("native", modulated_linear_native, cannot_native, avoid_native, records=True),
+        triton_backend("fssa_kernels.ops.modulated_linear.triton_impl", "modulated_linear_triton"),
         Backend("reference", modulated_linear_ref),
     ),
     fake=_fake,

@@ -1,0 +1,157 @@
+"""The modulated linear's kernels in every shape of configuration, and what a row may depend on."""
+
+import pytest
+import torch
+
+from fssa_kernels import modulated_linear
+from fssa_kernels.gpu import workspace
+from fssa_kernels.gpu.device import NOMINAL
+from fssa_kernels.ops.modulated_linear import triton_config, triton_impl
+from fssa_kernels.ops.modulated_linear.triton_config import Config, heuristic
+from tests.kernels.accuracy import check_as_good_as_torch, make, same_bits
+
+CONFIGS = {
+    "narrow": Config("fused", 16, 16, 16, 1, False, 4, 2),
+    "swapped": Config("fused", 16, 32, 32, 1, True, 4, 2),
+    "tall": Config("fused", 32, 16, 16, 1, True, 4, 2),
+    "split": Config("fused", 16, 16, 16, 4, False, 4, 2),
+    "swapped-split": Config("fused", 16, 16, 32, 2, True, 4, 2),
+    # More programs share the tile than there are pieces of K.
+    "split-too-often": Config("fused", 16, 64, 64, 8, False, 4, 2),
+    "vendor": Config("vendor"),
+}
+SIZES = {
+    "none": dict(family="none", splits=(40, 19)),
+    "static": dict(family="static", splits=(40, 19), bias=True),
+    "gated": dict(family="gated", splits=(40, 17, 5, 18), rank=5, bias=True),
+    "gated-silu": dict(family="gated", splits=(37, 37), epilogue="silu_mul", bias=True),
+    "core": dict(family="core", splits=(40, 19), rank=7),
+    "core-large": dict(family="core", rank=21, splits=(40,)),
+    "core-gelu": dict(family="core", splits=(21, 21), epilogue="gelu_tanh_mul"),
+    "factors": dict(family="factors", splits=(40, 19), bias=True),
+    "factors-silu": dict(family="factors", splits=(21, 21), epilogue="silu_mul"),
+}
+
+
+@pytest.fixture
+def use(monkeypatch):
+    """Have every call take one configuration."""
+
+    def fix(config):
+        monkeypatch.setattr(triton_impl, "choose", lambda *_: config)
+
+    return fix
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_configuration_is_as_good_as_torch(config, sizes, dtype, use):
+    use(CONFIGS[config])
+    inputs = make("modulated_linear", dtype, num_tokens=37, in_features=75, **SIZES[sizes])
+    check_as_good_as_torch("modulated_linear", inputs, "triton")
+    for zeros in workspace._WORKSPACES[-1]._counters.values():
+        assert not zeros.any()
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("config", ["narrow", "swapped", "split"])
+def test_a_row_is_the_same_alone_and_in_any_batch(config, sizes, use):
+    whole = make("modulated_linear", torch.bfloat16, num_tokens=41, **SIZES[sizes])
+    use(CONFIGS[config])
+    expected = modulated_linear(**whole, backend="triton")
+    for rows in (slice(0, 1), slice(7, 8), slice(3, 23), slice(40, 41)):
+        part = {**whole, "x": whole["x"][rows]}
+        if "slots" in whole:
+            part["slots"] = whole["slots"][rows]
+        assert same_bits([modulated_linear(**part, backend="triton")], [expected[rows]])
+
+
+@pytest.mark.parametrize("sizes", ["gated", "core", "core-large", "gated-silu"])
+@pytest.mark.parametrize("config", ["narrow", "split"])
+def test_nobody_s_rows_are_the_base_model_s_to_the_bit(config, sizes, use):
+    use(CONFIGS[config])
+    inputs = make("modulated_linear", torch.bfloat16, num_tokens=9, **SIZES[sizes])
+    inputs["slots"][::2] = 0
+    modulated = modulated_linear(**inputs, backend="triton")
+    for name in ("lora_a", "lora_b", "rows", "slots"):
+        del inputs[name]
+    base = modulated_linear(**{**inputs, "family": "none"}, backend="triton")
+    assert same_bits([modulated[::2]], [base[::2]])
+
+
+@pytest.mark.parametrize("sizes", ["gated", "core", "core-large", "factors", "gated-silu"])
+@pytest.mark.parametrize("config", ["narrow", "split", "vendor"])
+@pytest.mark.parametrize("slot", [-1, 4, 2**30])
+def test_a_slot_nobody_has_spoils_its_own_row_only(slot, config, sizes, use):
+    use(CONFIGS[config])
+    inputs = make("modulated_linear", torch.float32, num_tokens=6, **SIZES[sizes])
+    expected = modulated_linear(**inputs, backend="triton")
+    inputs["slots"][3] = slot
+    y = modulated_linear(**inputs, backend="triton")
+    assert y[3].isnan().all()
+    others = [0, 1, 2, 4, 5]
+    assert same_bits([y[others]], [expected[others]])
+
+
+@pytest.mark.parametrize("sizes", ["gated", "core", "factors"])
+def test_a_freed_user_s_row_is_seen_at_once(sizes):
+    inputs = make("modulated_linear", torch.float32, num_tokens=6, **SIZES[sizes])
+    inputs["slots"][:] = torch.tensor([0, 1, 2, 3, 2, 1])
+    state = inputs["lora_b" if sizes == "factors" else "rows"]
+    state[2] = float("nan")
+    y = modulated_linear(**inputs, backend="triton")
+    assert y[[2, 4]].isnan().all()
+    assert not y[[0, 1, 3, 5]].isnan().any()
+
+
+def test_what_is_too_much_for_the_kernels_is_named():
+    many = make("modulated_linear", torch.float32, family="none", splits=(3, 3, 3, 3, 3))
+    with pytest.raises(ValueError, match="5 projections are stacked, the kernel takes at most 4"):
+        modulated_linear(**many, backend="triton")
+    wide = make("modulated_linear", torch.float32, family="gated", rank=129)
+    with pytest.raises(ValueError, match="the rank is 129, the kernel takes at most 128"):
+        modulated_linear(**wide, backend="triton")
+
+
+SHAPES = [
+    (4096, (4096, 1024, 1024), "none"),
+    (4096, (14336, 14336), "silu_mul"),
+    (896, (7,), "none"),
+]
+
+
+@pytest.mark.parametrize("capability", sorted(NOMINAL))
+@pytest.mark.parametrize("rank", [8, 16, 64, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_heuristic_fits_the_device_and_looks_at_rows_for_the_tile_s_height_only(
+    capability, rank, dtype
+):
+    device = NOMINAL[capability]
+    for in_features, splits, epilogue in SHAPES:
+        weight = torch.empty(sum(splits), in_features, dtype=dtype, device="meta")
+        few = []
+        for num_tokens in (1, 2, 15, 16, 17, 64, 100, 256):
+            x = torch.empty(num_tokens, in_features, dtype=dtype, device="meta")
+            config = heuristic(device, x, weight, splits, epilogue, rank)
+            assert config.way == "fused"
+            assert config.num_stages >= 1
+            few.append((config.block_n, config.block_k, config.split_k, config.swap))
+        assert len(set(few)) == 1
+        x = torch.empty(triton_config.VENDOR_FROM_ROWS, in_features, dtype=dtype, device="meta")
+        assert heuristic(device, x, weight, splits, epilogue, rank).way == "vendor"
+
+
+def test_a_measured_configuration_goes_before_the_heuristic(monkeypatch):
+    inputs = make("modulated_linear", torch.bfloat16, family="gated", num_tokens=3)
+    x, weight = inputs["x"], inputs["weight"]
+    asked = []
+
+    def lookup(op, device, key):
+        asked.append((op, device, key))
+        return {"way": "vendor"}
+
+    monkeypatch.setattr(triton_config, "lookup", lookup)
+    config = triton_config.choose(NOMINAL[90], x, weight, "gated", [29], "none", 3)
+    assert config == Config("vendor")
+    assert asked == [("modulated_linear", "h100", "bfloat16 gated r3 none 29x37 m4")]
