@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fssa_kernels.checks import pick
 from fssa_kernels.dispatch import Backend
-from fssa_kernels.ops.modulated_linear.reference import modulate, widen
+from fssa_kernels.gpu.backend import triton_backend
+from fssa_kernels.ops.modulated_linear.reference import modulate, modulate_bwd, widen
 from fssa_kernels.registration import Op
 
 
@@ -94,24 +94,13 @@ def _shared_bwd(
             assert u is not None
             drows = _rows_bwd(du, u, rows, slots)
         if need_x or need_a:
-            du = _modulate_bwd(du, rows, slots)
+            du = modulate_bwd(du, rows, slots)
         if need_a:
             assert x is not None
             da = (du.t() @ widen(x)).to(lora_a.dtype)
         if need_x:
             dx = du @ a
     return dx, da, db, drows
-
-
-def _modulate_bwd(du: Tensor, rows: Tensor | None, slots: Tensor | None) -> Tensor:
-    """From the gradient of u' to that of u: du' * g, M^T du', or du' itself for static."""
-    if rows is None or slots is None:
-        return du
-    state = widen(pick("modulated_linear", "slots", rows, slots))
-    if state.dim() == 2:
-        return du * state
-    num_tokens, num_splits, rank, _ = state.shape
-    return (state.mT @ du.reshape(num_tokens, num_splits, rank, 1)).reshape(num_tokens, -1)
 
 
 def _rows_bwd(du: Tensor, u: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
@@ -221,6 +210,11 @@ OP_BWD = Op(
     "(Tensor dy, Tensor? x, Tensor? weight, Tensor? lora_a, Tensor? lora_b, Tensor? rows, "
     "Tensor? slots, str family, SymInt[] splits, bool[] needs, str backend) -> Tensor[]",
     prepare=_prepare_bwd,
-    backends=(Backend("reference", modulated_linear_bwd_ref),),
+    backends=(
+        triton_backend(
+            "fssa_kernels.ops.modulated_linear.triton_bwd", "modulated_linear_bwd_triton"
+        ),
+        Backend("reference", modulated_linear_bwd_ref),
+    ),
     fake=_fake_bwd,
 )

@@ -53,6 +53,17 @@ def modulate(u: Tensor, rows: Tensor | None, slots: Tensor | None, family: str) 
     return (state @ u.view(num_tokens, num_splits, rank, 1)).view(num_tokens, num_splits * rank)
 
 
+def modulate_bwd(du: Tensor, rows: Tensor | None, slots: Tensor | None) -> Tensor:
+    """From the gradient of u' to that of u: du' * g, M^T du', or du' itself for static."""
+    if rows is None or slots is None:
+        return du
+    state = widen(pick("modulated_linear", "slots", rows, slots))
+    if state.dim() == 2:
+        return du * state
+    num_tokens, num_splits, rank, _ = state.shape
+    return (state.mT @ du.reshape(num_tokens, num_splits, rank, 1)).reshape(num_tokens, -1)
+
+
 def _add_low_rank(y: Tensor, u: Tensor, lora_b: Tensor, splits: Sequence[int]) -> None:
     """Add u_s B_s^T to the columns of every projection s, in place."""
     rank = lora_b.shape[1]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fssa_kernels.checks import pick
 from fssa_kernels.dispatch import Backend
+from fssa_kernels.gpu.backend import triton_backend
 from fssa_kernels.registration import Op
 
 
@@ -126,6 +127,12 @@ OP_BWD = Op(
     "Tensor? rows, Tensor? slots, float eps, float weight_offset, bool[] needs, str backend) "
     "-> Tensor[]",
     prepare=_prepare_bwd,
-    backends=(Backend("reference", residual_film_rms_norm_bwd_ref),),
+    backends=(
+        triton_backend(
+            "fssa_kernels.ops.residual_film_rms_norm.triton_bwd",
+            "residual_film_rms_norm_bwd_triton",
+        ),
+        Backend("reference", residual_film_rms_norm_bwd_ref),
+    ),
     fake=_fake_bwd,
 )
