@@ -238,7 +238,7 @@ def _low_rank_bwd(
     du = dy.new_empty(shape, dtype=torch.float32) if need_du else None
     u = dy.new_empty(shape, dtype=torch.float32) if need_u else None
     wide = dy.dtype == torch.float32
-    block_t = 16 if wide else 64
+    block_t = 16 if wide else (32 if rank > 32 else 64)
     start = 0
     for s, size in enumerate(splits):
         launch(
