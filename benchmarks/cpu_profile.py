@@ -20,7 +20,7 @@ from rich.table import Table
 
 from benchmarks.cpu_decode import Ours, machine
 from fssa_kernels.native import NATIVE
-from fssa_runtime.engine.runner import Row
+from fssa_runtime.engine.step_inputs import Row
 from fssa_runtime.models.language_model import LanguageModel
 from fssa_runtime.models.pull import DEFAULT_MODEL
 from fssa_runtime.request import SamplingParams

@@ -21,6 +21,7 @@ class Workspace:
 
     def __init__(self) -> None:
         self._counters: dict[_Key, Tensor] = {}
+        self._outgrown: list[Tensor] = []  # captured graphs may still count there
 
     def counters(self, count: int, device: torch.device) -> Tensor:
         """At least `count` int32 zeros on a device, for kernels of its current stream."""
@@ -28,6 +29,8 @@ class Workspace:
         key = (device, stream)
         held = self._counters.get(key)
         if held is None or len(held) < count:
+            if held is not None:
+                self._outgrown.append(held)
             held = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
             self._counters[key] = held
         return held

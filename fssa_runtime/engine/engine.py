@@ -20,7 +20,8 @@ from ..errors import InputError
 from ..models.decoder import Decoder
 from ..request import Completion, FinishReason, Request
 from .kv_cache import KVCache
-from .runner import Row, Runner
+from .runner import Runner
+from .step_inputs import Row
 
 
 @dataclass

@@ -8,7 +8,6 @@ recorded the same function runs eagerly on the filled part of the buffers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -18,25 +17,11 @@ from fssa_kernels.native import RecordingError
 from ..conditioning.modulation import Modulation
 from ..models.attention import PagedAttention
 from ..models.decoder import Decoder
-from ..request import SamplingParams
 from .kv_cache import KVCache
+from .step_inputs import Row, StepInputs
 
-
-@dataclass(frozen=True)
-class Row:
-    """One request's part of a step: its newest tokens, whose keys go into its pages.
-
-    ``position`` is that of the first of ``tokens``. ``uniform`` in [0, 1) decides a draw;
-    ``forced`` is a token to take instead of choosing, or -1.
-    """
-
-    tokens: Sequence[int]
-    position: int
-    pages: Sequence[int]
-    slot: int
-    sampling: SamplingParams
-    uniform: float = 0.0
-    forced: int = -1
+# Steps of more tokens are not captured as CUDA graphs.
+_MAX_GRAPH_TOKENS = 256
 
 
 class Runner:
@@ -64,50 +49,19 @@ class Runner:
         self.decoder = decoder
         self.cache = cache
         self.modulation = modulation
-        max_pages = cache.pages_for(decoder.config.max_positions)
-
-        def ints(*shape: int) -> torch.Tensor:
-            return torch.zeros(shape, dtype=torch.int32)
-
-        def floats(*shape: int) -> torch.Tensor:
-            return torch.zeros(shape)
-
-        self._per_token = {
-            name: ints(max_tokens) for name in ("tokens", "positions", "slots", "kv_slots")
-        }
-        self._per_sequence = {
-            "block_tables": ints(max_sequences, max_pages),
-            "kv_lens": ints(max_sequences),
-            "last": ints(max_sequences),
-            "temperature": floats(max_sequences),
-            "top_k": ints(max_sequences),
-            "top_p": floats(max_sequences),
-            "min_p": floats(max_sequences),
-            "uniform": floats(max_sequences),
-            "forced": ints(max_sequences),
-        }
-        self._q_indptr = ints(max_sequences + 1)
-        self._views = {
-            name: buffer.numpy()
-            for name, buffer in (
-                *self._per_token.items(),
-                *self._per_sequence.items(),
-                ("q_indptr", self._q_indptr),
-            )
-        }
-        self._settled: list[tuple[int, Sequence[int]]] = []
+        self._inputs = StepInputs(
+            max_tokens,
+            max_sequences,
+            cache.pages_for(decoder.config.max_positions),
+            cache.page_size,
+            decoder.device,
+        )
         self.eager_reason: str | None = None
         self._graph: StepGraph | None = None
-        if decoder.device.type != "cpu":
-            self.eager_reason = f"the model is on {decoder.device}"
-            return
-        inputs = {
-            "tokens": tuple(self._per_token.values()),
-            "sequences": tuple(self._per_sequence.values()),
-        }
+        inputs = {"tokens": self._inputs.per_token, "sequences": self._inputs.per_sequence}
         try:
             self._graph = StepGraph.record(
-                lambda: self._step(self._per_token, self._per_sequence, self._q_indptr), inputs
+                lambda rows: self._step(rows["tokens"], rows["sequences"]), inputs
             )
         except RecordingError as error:
             self.eager_reason = str(error)
@@ -116,26 +70,32 @@ class Runner:
         """The next token of every row and its log-probability, nats.
 
         Raises:
-            ValueError: a slot, page or position out of range, before anything is written.
+            ValueError: on a CPU, a slot, page or position out of range, before anything is written.
         """
-        num_tokens, num_sequences = self._fill(rows)
-        if self._graph is not None:
-            self._graph.replay(tokens=num_tokens, sequences=num_sequences)
-            tokens, logprobs = self._graph.outputs
-        else:
-            device = self.decoder.device
-            tokens, logprobs = self._step(
-                {name: t[:num_tokens].to(device) for name, t in self._per_token.items()},
-                {name: t[:num_sequences].to(device) for name, t in self._per_sequence.items()},
-                self._q_indptr[: num_sequences + 1].to(device),
-            )
+        num_tokens, num_sequences = self._inputs.fill(rows)
+        tokens, logprobs = self._compute(num_tokens, num_sequences)
         return tokens[:num_sequences].tolist(), logprobs[:num_sequences].tolist()
+
+    def _compute(self, num_tokens: int, num_sequences: int) -> tuple[torch.Tensor, torch.Tensor]:
+        # Long prompts are limited by arithmetic, not by Python, and graphs of many lengths by
+        # memory; on a CPU a recording serves every length.
+        short = num_tokens <= _MAX_GRAPH_TOKENS or self.decoder.device.type == "cpu"
+        if self._graph is not None and short:
+            try:
+                self._graph.replay(tokens=num_tokens, sequences=num_sequences)
+                return self._graph.outputs
+            except RecordingError as error:
+                self._graph, self.eager_reason = None, str(error)
+        inputs = self._inputs
+        return self._step(
+            {name: t[:num_tokens] for name, t in inputs.per_token.items()},
+            {name: t[:num_sequences] for name, t in inputs.per_sequence.items()},
+        )
 
     def _step(
         self,
         per_token: dict[str, torch.Tensor],
         per_sequence: dict[str, torch.Tensor],
-        q_indptr: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         attention = PagedAttention(
             self.cache.k,
@@ -143,7 +103,7 @@ class Runner:
             per_token["kv_slots"],
             per_sequence["block_tables"],
             per_sequence["kv_lens"],
-            q_indptr,
+            self._inputs.q_indptr[: len(per_sequence["kv_lens"]) + 1],
         )
         modulation = self.modulation
         if modulation is not None:
@@ -159,49 +119,3 @@ class Runner:
             per_sequence["uniform"],
             per_sequence["forced"],
         )
-
-    def _fill(self, rows: Sequence[Row]) -> tuple[int, int]:
-        """Write a step into the buffers; (tokens, sequences) of it."""
-        tokens: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        kv_slots: list[int] = []
-        kv_lens: list[int] = []
-        bounds = [0]
-        size = self.cache.page_size
-        for row in rows:
-            span = range(row.position, row.position + len(row.tokens))
-            tokens += row.tokens
-            positions += span
-            slots += [row.slot] * len(row.tokens)
-            kv_slots += [row.pages[p // size] * size + p % size for p in span]
-            kv_lens.append(span.stop)
-            bounds.append(len(tokens))
-        view, count = self._views, len(rows)
-        for name, values in (
-            ("tokens", tokens),
-            ("positions", positions),
-            ("slots", slots),
-            ("kv_slots", kv_slots),
-        ):
-            view[name][: len(tokens)] = values
-        view["kv_lens"][:count] = kv_lens
-        view["q_indptr"][: count + 1] = bounds
-        view["last"][:count] = [bound - 1 for bound in bounds[1:]]
-        view["uniform"][:count] = [row.uniform for row in rows]
-        view["forced"][:count] = [row.forced for row in rows]
-        # Pages and sampling settings of a request stay as they are while it runs.
-        settled = [(id(row.sampling), row.pages) for row in rows]
-        if settled != self._settled:
-            self._settle(rows)
-            self._settled = [(key, list(pages)) for key, pages in settled]
-        return len(tokens), count
-
-    def _settle(self, rows: Sequence[Row]) -> None:
-        view = self._views
-        for index, row in enumerate(rows):
-            view["block_tables"][index, : len(row.pages)] = row.pages
-            view["temperature"][index] = row.sampling.temperature
-            view["top_k"][index] = row.sampling.top_k
-            view["top_p"][index] = row.sampling.top_p
-            view["min_p"][index] = row.sampling.min_p

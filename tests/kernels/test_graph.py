@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from fssa_kernels import (
     StepGraph,
     expand_modulation,
+    graph_native,
     modulated_linear,
     pack_matrix,
     paged_attention,
@@ -20,7 +21,6 @@ from fssa_kernels import (
     sample,
     take_rows,
 )
-from fssa_kernels import graph as graph_module
 from fssa_kernels.native import CURRENT, MISSING, NATIVE, RecordingError
 
 pytestmark = pytest.mark.skipif(NATIVE is None, reason=str(MISSING))
@@ -163,10 +163,10 @@ class Chain:
         return made
 
     def record(self):
-        return StepGraph.record(self.step, self.inputs)
+        return StepGraph.record(lambda _: self.step(), self.inputs)
 
 
-class PoolWithoutReuse(graph_module._Pool):
+class PoolWithoutReuse(graph_native._Pool):
     def empty(self, shape, dtype):
         self._free.clear()
         return super().empty(shape, dtype)
@@ -225,7 +225,7 @@ def test_replay_is_bitwise_the_eager_step_and_writes_nothing_past_its_rows(
 ):
     """One recording serves every number of rows, user, length and page."""
     if own_memory:
-        monkeypatch.setattr(graph_module, "_Pool", PoolWithoutReuse)
+        monkeypatch.setattr(graph_native, "_Pool", PoolWithoutReuse)
     torch.set_num_threads(num_threads)
     chain = Chain(dtype)
     graph = chain.record()
@@ -322,7 +322,7 @@ def test_torchs_own_ops_are_refused(compute, on):
         return compute(x if on == "an input" else modulated_linear(x, weight))
 
     with pytest.raises(RecordingError, match="torch's own and would not be replayed"):
-        StepGraph.record(step, {"tokens": [x]})
+        StepGraph.record(lambda _, step=step: step(), {"tokens": [x]})
     assert torch.equal(x, before)
 
 
@@ -336,7 +336,7 @@ def test_views_are_allowed_and_replayed_in_place():
         part = y.view(4, 3, 4).transpose(1, 2).mT.flatten(1).split([8, 4], dim=1)[1]
         return modulated_linear(part[..., :4].unsqueeze(0)[0].detach(), last)
 
-    graph = StepGraph.record(step, {"tokens": [x]})
+    graph = StepGraph.record(lambda _, step=step: step(), {"tokens": [x]})
     graph.replay(tokens=4)
     assert torch.equal(graph.outputs, step())
 
@@ -344,14 +344,16 @@ def test_views_are_allowed_and_replayed_in_place():
 def test_an_op_without_a_native_kernel_is_refused_with_the_reason():
     x, weight = torch.randn(4, 6).double(), torch.randn(3, 6).double()
     with pytest.raises(RecordingError, match=r"native: x is torch\.float64.*reference: its calls"):
-        StepGraph.record(lambda: modulated_linear(x, weight), {"tokens": [x]})
+        StepGraph.record(lambda _: modulated_linear(x, weight), {"tokens": [x]})
     z, basis, bias = torch.randn(4, 3), torch.randn(5, 3), torch.zeros(5)
     with pytest.raises(RecordingError, match="expand_modulation: no backend supports"):
-        StepGraph.record(lambda: expand_modulation(z, basis, bias), {"users": [z]})
+        StepGraph.record(lambda _: expand_modulation(z, basis, bias), {"users": [z]})
     x = torch.randn(4, 6)
     packed = pack_matrix(torch.randn(3, 6))
     with pytest.raises(ValueError, match="'reference' cannot serve this call: its calls cannot"):
-        StepGraph.record(lambda: modulated_linear(x, packed, backend="reference"), {"tokens": [x]})
+        StepGraph.record(
+            lambda _: modulated_linear(x, packed, backend="reference"), {"tokens": [x]}
+        )
 
 
 def on_a_stranger(op):
@@ -392,7 +394,7 @@ def on_a_stranger(op):
 def test_a_tensor_that_is_no_input_is_refused(op):
     chain, step = on_a_stranger(op)
     with pytest.raises(RecordingError, match="neither a static input nor the result"):
-        StepGraph.record(step, chain.inputs)
+        StepGraph.record(lambda _: step(), chain.inputs)
 
 
 def test_rows_must_be_those_of_the_dimension():
@@ -402,18 +404,18 @@ def test_rows_must_be_those_of_the_dimension():
         lambda: modulated_linear(modulated_linear(x, weight)[:3], weight),
     ):
         with pytest.raises(RecordingError, match="expected 4 rows, as the input this was computed"):
-            StepGraph.record(step, {"tokens": [x]})
+            StepGraph.record(lambda _, step=step: step(), {"tokens": [x]})
 
 
 def test_inputs_must_fit_their_dimension():
     x, y = torch.randn(4, 6), torch.randn(3, 6)
     with pytest.raises(ValueError, match="tokens: expected 4 rows in every input, got 3"):
-        StepGraph.record(lambda: None, {"tokens": [x, y]})
+        StepGraph.record(lambda _: None, {"tokens": [x, y]})
     with pytest.raises(ValueError, match="sequences: expected at least one input, got none"):
-        StepGraph.record(lambda: None, {"sequences": [], "tokens": [x]})
+        StepGraph.record(lambda _: None, {"sequences": [], "tokens": [x]})
     buffer = torch.randn(8, 6)
     with pytest.raises(ValueError, match=r"sequences: expected memory of its own.*of tokens"):
-        StepGraph.record(lambda: None, {"tokens": [buffer[:4]], "sequences": [buffer[4:]]})
+        StepGraph.record(lambda _: None, {"tokens": [buffer[:4]], "sequences": [buffer[4:]]})
 
 
 def test_an_index_computed_in_the_step_is_refused():
@@ -425,7 +427,7 @@ def test_an_index_computed_in_the_step_is_refused():
         return take_rows(chain.embedding, chain.step()[-2])
 
     with pytest.raises(RecordingError, match=r"take_rows: .*index computed in the step"):
-        StepGraph.record(step, chain.inputs)
+        StepGraph.record(lambda _: step(), chain.inputs)
 
 
 # ---- the mode
@@ -439,7 +441,7 @@ def test_nested_recording_is_refused_and_the_mode_is_off_afterwards():
         chain.record()
 
     with pytest.raises(RecordingError, match="another graph is being recorded"):
-        StepGraph.record(nested, chain.inputs)
+        StepGraph.record(lambda _: nested(), chain.inputs)
     assert CURRENT.recorder is None
     check_replay_is_eager(chain, chain.record(), STEPS["all"])
 
@@ -452,7 +454,7 @@ def test_an_exception_in_the_step_leaves_the_mode_off():
         raise KeyError("mine")
 
     with pytest.raises(KeyError, match="mine"):
-        StepGraph.record(broken, chain.inputs)
+        StepGraph.record(lambda _: broken(), chain.inputs)
     assert CURRENT.recorder is None
     assert not torch.is_inference_mode_enabled()
     assert (torch.ones(2) + 1).sum() == 4  # torch's own ops compute again
@@ -470,7 +472,7 @@ def test_other_threads_compute_while_one_records():
         thread.join()
         return chain.step()
 
-    graph = StepGraph.record(step, chain.inputs)
+    graph = StepGraph.record(lambda _: step(), chain.inputs)
     assert torch.equal(results[0], expected)
     check_replay_is_eager(chain, graph, STEPS["all"])
 
@@ -554,7 +556,7 @@ def test_every_table_an_index_goes_into_is_checked():
     plain = lambda: residual_film_rms_norm(x, None, norm, eps=0.0)  # noqa: E731
     for first, second in itertools.permutations(steps, 2):
         graph = StepGraph.record(
-            lambda first=first, second=second: (plain(), steps[first](), steps[second]()),
+            lambda _, first=first, second=second: (plain(), steps[first](), steps[second]()),
             {"tokens": [x, slots]},
         )
         slots[:] = min(first, second)
@@ -578,7 +580,7 @@ def test_memory_is_used_again_from_layer_to_layer():
     sizes = []
     for num_layers in (2, 7):
         chain = Chain(num_layers=num_layers)
-        graph = StepGraph.record(lambda chain=chain: chain_end(chain), chain.inputs)
+        graph = StepGraph.record(lambda _, chain=chain: chain_end(chain), chain.inputs)
         sizes.append([len(block) for block in pool_of(graph)])
         rows = chain.fill(STEPS["all"])
         graph.replay(**rows)
@@ -636,7 +638,7 @@ def test_memory_returns_with_the_last_view_of_a_tensor_and_not_before():
         del view
         seen["third"] = {modulated_linear(x, weight).data_ptr() for _ in range(3)}
 
-    StepGraph.record(step, {"tokens": [x]})
+    StepGraph.record(lambda _, step=step: step(), {"tokens": [x]})
     assert seen["first"] != seen["second"]
     assert seen["third"] <= {seen["first"], seen["second"]}
 
@@ -694,7 +696,7 @@ def test_replay_releases_the_gil():
             y = modulated_linear(y, weight)
         return y
 
-    graph = StepGraph.record(step, {"tokens": [x]})
+    graph = StepGraph.record(lambda _, step=step: step(), {"tokens": [x]})
     ticks, done = [], threading.Event()
 
     def tick():

@@ -1,0 +1,193 @@
+"""A step recorded as calls of the native CPU kernels; see `graph.StepGraph`.
+
+Recording runs the step's Python once. Nothing is computed: every op prepares its call (addresses,
+sizes, strides) and appends it here, and intermediate tensors get memory that is used again as soon
+as Python has let go of them. A replay is one native call, with the GIL released and one team of
+threads, a barrier between two ops. How many rows it has is read at replay as well.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fssa_kernels.graph import Inputs, Step, StepGraph, tensors_of
+from fssa_kernels.native import CURRENT, MISSING, NATIVE, RecordingError
+
+_ALIGNMENT = 64
+
+
+class NativeStepGraph(StepGraph):
+    """A recorded step on the CPU; made by `StepGraph.record`.
+
+    Attributes:
+        names: the op behind every recorded call.
+    """
+
+    def __init__(self, step: Step, inputs: Inputs, capacity: Mapping[str, int]) -> None:
+        if NATIVE is None:
+            raise RecordingError(f"StepGraph: {MISSING}")
+        if CURRENT.recorder is not None:
+            raise RecordingError("StepGraph: another graph is being recorded")
+        recorder = _NativeRecorder(inputs, capacity)
+        CURRENT.recorder = recorder
+        try:
+            with torch.inference_mode(), _OnlyOurs():
+                outputs = step(inputs)
+        finally:
+            CURRENT.recorder = None
+        super().__init__(capacity, outputs)
+        self.names = list(recorder.names)
+        self._native = recorder.graph
+        self._keep = recorder
+        # Some calls have scratch memory for each thread.
+        self._num_threads = torch.get_num_threads()
+
+    def __len__(self) -> int:
+        """Ops recorded."""
+        return len(self._native)
+
+    def profile(self, repeats: int, **rows: int) -> list[float]:
+        """Mean seconds of every op, in order, over some replays."""
+        self._check(rows)
+        times = self._native.profile(self._dims(rows), self._num_threads, repeats)
+        return [seconds / repeats for seconds in times]
+
+    def _replay(self, rows: Mapping[str, int]) -> None:
+        self._native.replay(self._dims(rows), self._num_threads)
+
+    def _dims(self, rows: Mapping[str, int]) -> list[int]:
+        return [rows[name] for name in self.capacity]
+
+
+class _NativeRecorder:
+    """Collects calls, knows the dimension of every tensor, and lends memory."""
+
+    def __init__(self, inputs: Inputs, capacity: Mapping[str, int]) -> None:
+        assert NATIVE is not None
+        self.graph = NATIVE.Graph(len(inputs))
+        self.names: list[str] = []
+        self._dims: dict[int, int] = {}  # dimension of the memory that starts there
+        self._pool = _Pool()
+        self._kept: dict[int, Tensor] = {}
+        for dim, (name, group) in enumerate(inputs.items()):
+            for tensor in tensors_of(group):
+                if self._dims.setdefault(_start(tensor), dim) != dim:
+                    other = list(inputs)[self._dims[_start(tensor)]]
+                    raise ValueError(
+                        f"StepGraph: {name}: expected memory of its own for every dimension, "
+                        f"got an input that shares memory with one of {other}"
+                    )
+                self._kept[_start(tensor)] = tensor
+        self._limits = list(capacity.values())
+
+    def rows(self, tensor: Tensor) -> Any:
+        assert NATIVE is not None
+        dim = self._dim(tensor)
+        if tensor.shape[0] != self._limits[dim]:
+            raise RecordingError(
+                f"StepGraph: expected {self._limits[dim]} rows, as the input this was computed "
+                f"from has, got shape {tuple(tensor.shape)}"
+            )
+        return NATIVE.Rows(self.graph, dim)
+
+    def empty(self, like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        dim = self._dim(like)
+        tensor = self._pool.empty(shape, dtype)
+        self._dims[_start(tensor)] = dim
+        return tensor
+
+    def add(self, op: str, call: Any, tensors: tuple[Tensor | None, ...]) -> None:
+        for tensor in tensors:
+            # Indices are checked before a replay starts, when this one does not exist yet.
+            if tensor is not None and tensor.dtype == torch.int32 and self._pool.owns(tensor):
+                raise RecordingError(
+                    f"StepGraph: {op}: expected indices that are static inputs, got an index "
+                    "computed in the step"
+                )
+        self.graph.add(call)
+        self.names.append(op)
+        for tensor in tensors:
+            if tensor is not None and not self._pool.owns(tensor):
+                self._kept[_start(tensor)] = tensor
+
+    def _dim(self, tensor: Tensor) -> int:
+        dim = self._dims.get(_start(tensor))
+        if dim is None:
+            raise RecordingError(
+                f"StepGraph: a tensor of shape {tuple(tensor.shape)} is neither a static input "
+                "nor the result of a recorded op"
+            )
+        return dim
+
+
+def _start(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+class _Pool:
+    """Memory of a recording: a block goes back when the last tensor on it is gone."""
+
+    def __init__(self) -> None:
+        self._free: dict[int, list[int]] = {}  # addresses of free blocks, by size
+        self._blocks: list[Tensor] = []
+        self._owned: set[int] = set()
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        count = 1
+        for size in shape:
+            count *= size
+        num_bytes = max(1, count * dtype.itemsize)
+        size = 1 << max(_ALIGNMENT.bit_length(), (num_bytes - 1).bit_length())
+        free = self._free.setdefault(size, [])
+        start = free.pop() if free else self._allocate(size)
+        # The storage holds the array, so the array dies with the last tensor on that storage.
+        array = (ctypes.c_uint8 * size).from_address(start)
+        weakref.finalize(array, free.append, start)
+        return torch.frombuffer(array, dtype=dtype, count=count).view(shape)
+
+    def owns(self, tensor: Tensor) -> bool:
+        return _start(tensor) in self._owned
+
+    def _allocate(self, size: int) -> int:
+        block = torch.empty(size + _ALIGNMENT, dtype=torch.uint8)
+        self._blocks.append(block)
+        start = -(-block.data_ptr() // _ALIGNMENT) * _ALIGNMENT
+        self._owned.add(start)
+        return start
+
+
+class _OnlyOurs(TorchDispatchMode):
+    """Raises for whatever torch computes: a replay would not repeat it."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = None
+        allowed = func.namespace == "fssa" or func in _HARMLESS
+        if allowed or func.is_view:
+            result = func(*args, **(kwargs or {}))
+        # `reshape` and `contiguous` count as views and yet may copy.
+        if not (allowed or (func.is_view and _share_memory(args[0], result))):
+            raise RecordingError(
+                f"StepGraph: {func} is torch's own and would not be replayed; "
+                "only ops of fssa_kernels and views may be used in a recorded step"
+            )
+        return result
+
+
+def _share_memory(tensor: Tensor, views: Any) -> bool:
+    parts = (views,) if isinstance(views, Tensor) else views
+    return all(_start(part) == _start(tensor) for part in parts)
+
+
+_HARMLESS = (
+    torch.ops.aten.empty.memory_format,
+    torch.ops.aten.detach.default,
+    torch.ops.aten.detach_.default,
+    torch.ops.aten.alias.default,
+)
