@@ -9,6 +9,7 @@ from fssa_kernels.dispatch import explain
 from fssa_kernels.graph import StepGraph
 from fssa_kernels.ops.expand_modulation.api import expand_modulation
 from fssa_kernels.ops.modulated_linear.api import modulated_linear
+from fssa_kernels.ops.modulated_linear.extended import extend_weight
 from fssa_kernels.ops.paged_attention.api import paged_attention
 from fssa_kernels.ops.residual_film_rms_norm.api import residual_film_rms_norm
 from fssa_kernels.ops.rope_kv_write.api import rope_kv_write
@@ -22,6 +23,7 @@ __all__ = [
     "StepGraph",
     "expand_modulation",
     "explain",
+    "extend_weight",
     "modulated_linear",
     "pack_matrix",
     "paged_attention",

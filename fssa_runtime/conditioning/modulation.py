@@ -17,7 +17,8 @@ LinearFamily = Literal["static", "gated", "core", "factors"]
 class LinearModulation:
     """The low-rank term of one linear that stacks projections of sizes ``splits``.
 
-    The rest are arguments of ``fssa_kernels.modulated_linear``.
+    The rest are arguments of ``fssa_kernels.modulated_linear``; ``extended`` is ``[W | B]`` of the
+    same linear (`fssa_kernels.extend_weight`), if the decoder keeps its weights so.
     """
 
     family: LinearFamily
@@ -25,6 +26,7 @@ class LinearModulation:
     lora_a: torch.Tensor | PackedMatrix
     lora_b: torch.Tensor | PackedMatrix
     rows: torch.Tensor | None
+    extended: torch.Tensor | None = None
 
     def pack(self, *, paired: bool, arena: PackArena) -> LinearModulation:
         """The same with A and B laid out for the native kernels, unless they are a user's own."""
@@ -54,6 +56,10 @@ class Modulation:
     def with_slots(self, slots: torch.Tensor) -> Modulation:
         """The same modulation for other tokens."""
         return Modulation(self.linears, self.films, slots)
+
+    def term(self, layer: int, group: str) -> LinearModulation | None:
+        """What modulates a linear, or None."""
+        return self.linears[layer].get(group)
 
     def pack(self) -> Modulation:
         """The same for a decoder whose weights are packed (`Decoder.pack`)."""

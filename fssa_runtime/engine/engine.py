@@ -105,6 +105,8 @@ class Engine:
         if decoder.can_pack:
             decoder.pack()
             modulation = None if modulation is None else modulation.pack()
+        elif decoder.device.type == "cuda" and modulation is not None:
+            modulation = decoder.extend(modulation)
         self.runner = Runner(
             decoder,
             self.cache,

@@ -7,6 +7,7 @@ tensors (training, any device) or packed for the native CPU kernels (serving, `D
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,12 +16,14 @@ from torch import nn
 from fssa_kernels import (
     PackArena,
     PackedMatrix,
+    extend_weight,
     modulated_linear,
     pack_matrix,
     residual_film_rms_norm,
     take_rows,
 )
 from fssa_kernels.native import DTYPE_CODES, NATIVE
+from fssa_kernels.ops.modulated_linear.extended import EXTENDED_FROM_ROWS
 
 from ..conditioning.modulation import LinearModulation, Modulation
 from ..memory import give_back_freed_memory
@@ -85,7 +88,7 @@ class DecoderLayer(nn.Module):
         attention: Attention,
         modulation: Modulation | None,
     ) -> torch.Tensor:
-        """``[T,C] -> [T,C]``: q, k, v, attention, o."""
+        """``[T,C] -> [T,C]``: q, k, v, attention, o; x may be followed by the s of q, k, v."""
         config = self.config
         qkv = self._linear("qkv", x, modulation, splits=config.qkv_splits)
         q, k, v = (
@@ -101,7 +104,7 @@ class DecoderLayer(nn.Module):
         return self._linear("o", out.flatten(1), modulation)
 
     def mlp(self, x: torch.Tensor, modulation: Modulation | None) -> torch.Tensor:
-        """``[T,C] -> [T,C]``: ``down(act(gate x) * up x)``."""
+        """``[T,C] -> [T,C]``: ``down(act(gate x) * up x)``; x may be followed by its s."""
         splits = self.config.gate_up_splits
         hidden = self._linear(
             "gate_up", x, modulation, splits=splits, epilogue=self.config.activation
@@ -128,9 +131,10 @@ class DecoderLayer(nn.Module):
         epilogue: str = "none",
     ) -> torch.Tensor:
         weight, bias = getattr(self, f"{group}_weight"), getattr(self, f"{group}_bias")
-        site: LinearModulation | None = None
-        if modulation is not None:
-            site = modulation.linears[self.index].get(group)
+        site = None if modulation is None else modulation.term(self.index, group)
+        if site is not None and x.shape[1] > weight.shape[1]:  # x is followed by s
+            assert site.extended is not None
+            weight, site = site.extended, None
         if modulation is None or site is None:
             return modulated_linear(x, weight, bias, splits=splits, epilogue=epilogue)
         return modulated_linear(
@@ -205,14 +209,22 @@ class Decoder(nn.Module):
         x = take_rows(self.embedding, tokens, scale=self.embedding_scale)
         blocks = self.blocks
         next_norms = [*(layer.input_norm for layer in blocks[1:]), self.final_norm]
-        normed, residual = self._norm(x, None, blocks[0].input_norm, None, None)
-        for layer, next_norm in zip(blocks, next_norms, strict=True):
+        terms = [_extended_terms(modulation, layer.index, len(tokens)) for layer in blocks]
+        next_terms = [*(term.get("qkv") for term in terms[1:]), None]
+        slots = None if modulation is None else modulation.slots
+        normed, residual = self._norm(
+            x, None, blocks[0].input_norm, None, slots, terms[0].get("qkv")
+        )
+        for layer, term, next_norm, next_term in zip(
+            blocks, terms, next_norms, next_terms, strict=True
+        ):
             x = layer.attention(normed, positions, self.cos_sin, attention, modulation)
-            normed, residual = self._norm(x, residual, layer.post_norm, None, None)
+            normed, residual = self._norm(
+                x, residual, layer.post_norm, None, slots, term.get("gate_up")
+            )
             x = layer.mlp(normed, modulation)
             film = None if modulation is None else modulation.films[layer.index]
-            slots = None if modulation is None or film is None else modulation.slots
-            normed, residual = self._norm(x, residual, next_norm, film, slots)
+            normed, residual = self._norm(x, residual, next_norm, film, slots, next_term)
         return normed
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -243,6 +255,27 @@ class Decoder(nn.Module):
             self.embedding = self.lm_head
         give_back_freed_memory()
 
+    def extend(self, modulation: Modulation) -> Modulation:
+        """Keep the weights that follow a norm as ``[W | B]``, for batches of many rows.
+
+        The weight itself stays what it was, as a view. Returns the modulation that knows of it.
+        """
+        linears = []
+        for layer, terms in zip(self.blocks, modulation.linears, strict=True):
+            extended = dict(terms)
+            for group in ("qkv", "gate_up"):
+                term = terms.get(group)
+                weight = getattr(layer, f"{group}_weight")
+                if term is None or term.family not in ("static", "gated"):
+                    continue
+                assert not isinstance(term.lora_b, PackedMatrix)
+                both = extend_weight(weight, term.lora_b, term.splits)
+                view = both[:, : weight.shape[1]]
+                setattr(layer, f"{group}_weight", nn.Parameter(view, requires_grad=False))
+                extended[group] = replace(term, extended=both)
+            linears.append(extended)
+        return Modulation(linears, modulation.films, modulation.slots)
+
     def _norm(
         self,
         x: torch.Tensor,
@@ -250,16 +283,31 @@ class Decoder(nn.Module):
         weight: torch.Tensor,
         film: torch.Tensor | None,
         slots: torch.Tensor | None,
+        term: LinearModulation | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(the normed sum, followed by the s of ``term`` if there is one; the sum)."""
+        assert term is None or isinstance(term.lora_a, torch.Tensor)
         return residual_film_rms_norm(
             x,
             residual,
             weight,
             film,
             slots,
+            None if term is None else term.lora_a,
+            None if term is None else term.rows,
             eps=self.config.norm_eps,
             weight_offset=self.config.norm_weight_offset,
         )
+
+
+def _extended_terms(
+    modulation: Modulation | None, layer: int, num_tokens: int
+) -> dict[str, LinearModulation]:
+    """Terms of the layer whose s the norm before them makes."""
+    if modulation is None or num_tokens < EXTENDED_FROM_ROWS or torch.is_grad_enabled():
+        return {}
+    terms = modulation.linears[layer].items()
+    return {group: term for group, term in terms if term.extended is not None}
 
 
 def _cos_sin(config: DecoderConfig) -> torch.Tensor:

@@ -236,6 +236,6 @@ def test_import_brings_no_triton_and_touches_no_gpu():
 
 
 def test_public_names():
-    packing = {"PackArena", "PackedMatrix", "pack_matrix"}
-    assert set(fssa_kernels.__all__) == {*OPS, *packing, "StepGraph", "explain"}
+    layouts = {"PackArena", "PackedMatrix", "extend_weight", "pack_matrix"}
+    assert set(fssa_kernels.__all__) == {*OPS, *layouts, "StepGraph", "explain"}
     assert all(callable(getattr(fssa_kernels, name)) for name in fssa_kernels.__all__)

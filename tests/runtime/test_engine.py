@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
+from fssa_kernels.gpu.graph import CudaStepGraph
+from fssa_kernels.native import RecordingError
 from fssa_runtime.engine.engine import Engine
 from fssa_runtime.engine.kv_cache import KVCache
 from fssa_runtime.errors import InputError
@@ -159,6 +164,54 @@ def test_a_step_is_replayed_from_a_recording(model: LanguageModel) -> None:
     eager = engine(model)
     eager.runner._graph = None
     assert all(same(a, b) for a, b in zip(eager.generate(mixed_requests()), expected, strict=True))
+
+
+class _Recomputed:
+    """Stands for a captured graph: computes anew what was captured, idle rows and all."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self.call, self.outputs = call, call()
+
+    @torch.inference_mode()
+    def replay(self) -> None:
+        for output, value in zip(self.outputs, self.call(), strict=True):
+            output.copy_(value)
+
+
+def bucketed(engine: Engine, capture: Callable[..., Any]) -> CudaStepGraph:
+    runner = engine.runner
+    inputs = {"tokens": runner._inputs.per_token, "sequences": runner._inputs.per_sequence}
+    capacity = {"tokens": engine.max_batch_tokens, "sequences": engine.max_batch_size}
+    return CudaStepGraph(
+        lambda rows: runner._step(rows["tokens"], rows["sequences"]), inputs, capacity, capture
+    )
+
+
+def test_rows_past_the_batch_are_harmless(model: LanguageModel) -> None:
+    """As CUDA graphs do, steps compute the whole of a bucket: what is idle must change nothing."""
+
+    def capture(call: Callable[[], Any]) -> tuple[_Recomputed, Any]:
+        graph = _Recomputed(call)
+        return graph, graph.outputs
+
+    expected = engine(model).generate(mixed_requests())
+    other = engine(model)
+    other.runner._graph = graph = bucketed(other, capture)
+    got = other.generate(mixed_requests())
+    assert all(same(a, b) for a, b in zip(got, expected, strict=True))
+    assert any(tokens > 4 for tokens, _ in graph.buckets)
+    assert len(graph.buckets) < 30
+
+
+def test_a_step_that_cannot_be_captured_runs_eagerly(model: LanguageModel) -> None:
+    def capture(call: Callable[[], Any]) -> Any:
+        raise RecordingError("the GPU says no")
+
+    expected = engine(model).generate(mixed_requests())
+    other = engine(model)
+    other.runner._graph = bucketed(other, capture)
+    assert all(same(a, b) for a, b in zip(other.generate(mixed_requests()), expected, strict=True))
+    assert other.runner.eager_reason == "the GPU says no"
 
 
 def test_page_accounting(model: LanguageModel) -> None:
