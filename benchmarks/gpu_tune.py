@@ -184,7 +184,15 @@ def tune(
         key = problem_key(
             inputs["x"], inputs["weight"], problem.family, splits, inputs["epilogue"], rank
         )
-        start = heuristic(device, inputs["x"], inputs["weight"], splits, inputs["epilogue"], rank)
+        start = heuristic(
+            device,
+            inputs["x"],
+            inputs["weight"],
+            problem.family,
+            splits,
+            inputs["epilogue"],
+            rank,
+        )
         found = search(start, trial.time, device.capability, deadline.share(0.2))
         clock.release()
         if found is None:

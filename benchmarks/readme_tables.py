@@ -18,6 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu_suite.report import targets_table
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "cpu"
 NOT_MEASURED = "not measured"
@@ -206,6 +208,19 @@ def cpu_decode() -> str:
     return "\n".join(lines)
 
 
+def gpu() -> str:
+    """The targets for a GPU, a table for every device that has run the suite; or one without."""
+    runs = sorted(RESULTS.parent.glob("*/gpu_suite/results.json"))
+    tables = []
+    for path in runs:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if result["dry_run"]:
+            raise ValueError(f"{path}: a dry run is no measurement")
+        tables.append("\n".join([f"{result['device']}:", "", *targets_table(result)]))
+    nothing = {"dry_run": False, "records": []}
+    return "\n\n".join(tables or ["\n".join(targets_table(nothing))])
+
+
 def _plus_minus(value: dict[str, float], digits: int = 2) -> str:
     return f"{value['mean']:.{digits}f} ± {value['standard_error']:.{digits}f}"
 
@@ -215,6 +230,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo_proof": demo_proof,
     "swap_test": swap_test,
     "cpu_decode": cpu_decode,
+    "gpu": gpu,
     "synthetic": synthetic,
     "implicit_reward": implicit_reward,
 }

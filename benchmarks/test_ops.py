@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.gate import judge_case
 from fssa_kernels import explain
 from fssa_kernels.ops.modulated_linear.cases import SHAPES_135M
-from fssa_kernels.testing import OPS, Inputs, OpCase, cases
+from fssa_kernels.testing import OPS, OpCase, cases
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -40,37 +41,8 @@ def test_op(benchmark: Any, case: OpCase, dtype: torch.dtype, backend: str) -> N
     inputs = case.inputs(dtype)
     prepared = case.prepare(inputs, backend)
     with torch.inference_mode():
-        gate(case, inputs, dtype, case.run(prepared, backend))
+        judged = judge_case(case, dtype, backend)
+        assert judged.good, judged.fault
         benchmark.pedantic(
             lambda: case.run(prepared, backend), rounds=15, iterations=5, warmup_rounds=2
         )
-
-
-def gate(case: OpCase, inputs: Inputs, dtype: torch.dtype, result: Any) -> None:
-    """Fail unless the result is as good as the reference at the same dtype."""
-    if case.op == "sample":  # chooses; nothing to round
-        expected = case.run(inputs, "reference")
-        assert torch.equal(result[0], expected[0])
-        return
-    wide = {
-        name: value.double() if _is_float(value) and name != "cos_sin" else value
-        for name, value in inputs.items()
-    }
-    exact = _tensors(case.run(wide, "reference"))
-    plain = _tensors(case.run(case.inputs(dtype), "reference"))
-    for got, reference, best in zip(_tensors(result), plain, exact, strict=True):
-        if got.numel():
-            error, allowed = _error(got, best), _error(reference, best)
-            assert error <= 2 * allowed + case.tolerance(dtype)["atol"]
-
-
-def _is_float(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
-
-
-def _tensors(result: Any) -> tuple[torch.Tensor, ...]:
-    return (result,) if isinstance(result, torch.Tensor) else tuple(result)
-
-
-def _error(got: torch.Tensor, exact: torch.Tensor) -> float:
-    return float((got.double() - exact).abs().max())

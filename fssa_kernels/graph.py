@@ -18,7 +18,7 @@ from fssa_kernels.native import RecordingError
 
 Group = Sequence[Tensor] | Mapping[str, Tensor]
 Inputs = Mapping[str, Group]
-Step = Callable[[Inputs], Any]
+Step = Callable[[Any], Any]  # takes such inputs
 
 
 class StepGraph:

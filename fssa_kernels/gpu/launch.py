@@ -61,6 +61,21 @@ def facts(tensor: Tensor) -> Device:
     return device_facts(tensor.device.index)
 
 
+def options(num_warps: int, num_stages: int) -> dict[str, Any]:
+    """What every kernel is compiled with.
+
+    Fusing multiplications and additions is Triton's default up to 3.9, not after. As many registers
+    as a block of so many threads can have: left alone, the assembler spills a few values to reach
+    the next step of occupancy.
+    """
+    return {
+        "num_warps": num_warps,
+        "num_stages": num_stages,
+        "enable_fp_fusion": True,
+        "maxnreg": min(255, 65536 // (32 * num_warps)),
+    }
+
+
 def launch(
     kernel: Any,
     grid: tuple[int, ...],

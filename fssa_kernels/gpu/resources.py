@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fssa_kernels.gpu.launch import Launch
+from fssa_kernels.gpu.launch import Launch, options
 
 _POINTERS = {
     torch.float32: "*fp32",
@@ -114,11 +114,7 @@ def compile_for(special: Specialisation, capability: int) -> Resources:
     compiled = triton.compile(
         source,
         target=GPUTarget("cuda", capability, 32),
-        options={
-            "num_warps": special.num_warps,
-            "num_stages": special.num_stages,
-            "enable_fp_fusion": True,
-        },
+        options=options(special.num_warps, special.num_stages),
     )
     ptx = compiled.asm["ptx"]
     found = [name for name in ("tcgen05.mma", "wgmma.mma_async", "mma.sync") if name in ptx]

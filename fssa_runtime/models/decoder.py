@@ -286,15 +286,18 @@ class Decoder(nn.Module):
         term: LinearModulation | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(the normed sum, followed by the s of ``term`` if there is one; the sum)."""
-        assert term is None or isinstance(term.lora_a, torch.Tensor)
+        lora_a = gates = None
+        if term is not None:
+            assert isinstance(term.lora_a, torch.Tensor)
+            lora_a, gates = term.lora_a, term.rows
         return residual_film_rms_norm(
             x,
             residual,
             weight,
             film,
             slots,
-            None if term is None else term.lora_a,
-            None if term is None else term.rows,
+            lora_a,
+            gates,
             eps=self.config.norm_eps,
             weight_offset=self.config.norm_weight_offset,
         )

@@ -70,6 +70,9 @@ def exact(op, inputs):
         return q, k_cache, v_cache
     if op == "paged_attention":
         return (oracles.paged_attention_oracle(**inputs),)
+    if op == "expand_modulation":
+        z, weight, bias = (inputs[name].double() for name in ("z", "weight", "bias"))
+        return (z @ weight.t() + bias,)
     if op == "take_rows":
         return (inputs["table"].double()[inputs["index"].long()] * inputs["scale"],)
     tokens, _ = run(op, inputs, "reference")
@@ -150,6 +153,11 @@ ANY_SIZES = {
         page_size=st.integers(1, 19),
         window=st.sampled_from([0, 0, 1, 5, 16, 30]),
         strided=st.booleans(),
+    ),
+    "expand_modulation": dict(
+        num_latents=st.integers(0, 9),
+        latent_size=st.integers(1, 70),
+        width=st.integers(1, 150),
     ),
     "take_rows": dict(
         num_rows=st.integers(1, 70),

@@ -1,3 +1,5 @@
+import importlib.util
+
 import pytest
 import torch
 
@@ -77,13 +79,13 @@ def inputs_of(name, dtype):
 
 def test_explain_tells_what_the_native_kernel_cannot():
     inputs = inputs_of("gated", torch.float64)
-    native, reference = explain(modulated_linear, **inputs)
+    native, *_, reference = explain(modulated_linear, **inputs)
     assert not native.can
     if NATIVE is not None:
         assert "float64" in native.reason
     assert reference.chosen
     # Reported, where calling raises.
-    native, reference = explain("modulated_linear", **inputs, backend="native")
+    native, *_, reference = explain("modulated_linear", **inputs, backend="native")
     assert not native.chosen
     assert not reference.chosen
     with pytest.raises(ValueError, match="cannot serve"):
@@ -102,12 +104,27 @@ def test_a_missing_native_module_is_a_reason_not_a_silence(monkeypatch):
     monkeypatch.setattr(native, "NATIVE", None)
     monkeypatch.setattr(native, "MISSING", "it was not built")
     inputs = inputs_of("gated", torch.float32)
-    verdict, reference = explain(modulated_linear, **inputs)
+    verdict, *_, reference = explain(modulated_linear, **inputs)
     assert verdict.reason == "cannot: it was not built"
     assert reference.chosen
     assert modulated_linear(**inputs).isfinite().all()
     with pytest.raises(ValueError, match="'native' cannot serve this call: it was not built"):
         modulated_linear(**inputs, backend="native")
+
+
+def test_explain_tells_what_triton_needs(monkeypatch):
+    inputs = inputs_of("gated", torch.float32)
+
+    def reason():
+        verdict = explain(modulated_linear, **inputs)[1]
+        assert (verdict.backend, verdict.can) == ("triton", False)
+        return verdict.reason
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert "on the CPU, the kernels run on a GPU" in reason()
+    inputs = {k: v.to("meta") if torch.is_tensor(v) else v for k, v in inputs.items()}
+    expected = "no memory" if importlib.util.find_spec("triton") else "pip install 'fssa[gpu]'"
+    assert expected in reason()
 
 
 def test_explain_checks_like_the_op():
@@ -117,7 +134,7 @@ def test_explain_checks_like_the_op():
     with pytest.raises(ValueError, match="op: expected one of expand_modulation"):
         explain("matmul")
     with pytest.raises(
-        ValueError, match="backend: expected one of auto, native, reference, got 'gpu'"
+        ValueError, match=r"backend: expected one of auto, native, triton, .*reference, got 'gpu'"
     ):
         explain(paged_attention, **inputs, backend="gpu")
 

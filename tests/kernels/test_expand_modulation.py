@@ -50,7 +50,7 @@ def test_nan_in_one_latent_stays_there():
         (dict(weight=torch.zeros(13, 6)), ValueError, r"weight: .*\(13, 7\).*\(13, 6\)"),
         (dict(bias=torch.zeros(12)), ValueError, r"bias: .*\(13,\).*\(12,\)"),
         (dict(bias=torch.zeros(13).int()), TypeError, "bias: .*int32"),
-        (dict(backend="native"), ValueError, "backend: expected one of auto, reference"),
+        (dict(backend="native"), ValueError, "backend: expected one of auto, triton, reference"),
     ],
 )
 def test_bad_input_names_argument_expected_and_got(change, error, message):

@@ -9,7 +9,15 @@ from fssa_kernels import explain
 from fssa_kernels.testing import cases
 from tests.kernels.accuracy import any_inputs, check_as_good_as_torch
 
-OPS = ("residual_film_rms_norm",)
+OPS = (
+    "modulated_linear",
+    "residual_film_rms_norm",
+    "rope_kv_write",
+    "paged_attention",
+    "expand_modulation",
+    "take_rows",
+    "sample",
+)
 CASES = [case for op in OPS for case in cases(op)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -133,13 +133,13 @@ def test_the_heuristic_fits_the_device_and_looks_at_rows_for_the_tile_s_height_o
         few = []
         for num_tokens in (1, 2, 15, 16, 17, 64, 100, 256):
             x = torch.empty(num_tokens, in_features, dtype=dtype, device="meta")
-            config = heuristic(device, x, weight, splits, epilogue, rank)
+            config = heuristic(device, x, weight, "gated", splits, epilogue, rank)
             assert config.way == "fused"
             assert config.num_stages >= 1
             few.append((config.block_n, config.block_k, config.split_k, config.swap))
         assert len(set(few)) == 1
         x = torch.empty(triton_config.VENDOR_FROM_ROWS, in_features, dtype=dtype, device="meta")
-        assert heuristic(device, x, weight, splits, epilogue, rank).way == "vendor"
+        assert heuristic(device, x, weight, "gated", splits, epilogue, rank).way == "vendor"
 
 
 def test_a_measured_configuration_goes_before_the_heuristic(monkeypatch):

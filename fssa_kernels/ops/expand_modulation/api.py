@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fssa_kernels.checks import FLOAT_DTYPES, bad_type, check_rank, check_tensor
 from fssa_kernels.dispatch import Backend
+from fssa_kernels.gpu.backend import triton_backend
 from fssa_kernels.ops.expand_modulation.reference import expand_modulation_ref
 from fssa_kernels.registration import Op
 
@@ -20,9 +21,10 @@ def expand_modulation(z: Tensor, weight: Tensor, bias: Tensor, *, backend: str =
     Arguments:
         z: [n,Z] fp32 or fp64, one latent a user; n = 0 is allowed.
         weight: [W,Z], bias: [W], any floating dtype; computed in z.dtype.
-        backend: "auto" or "reference".
+        backend: "auto", "triton" or "reference".
 
-    Returns rows [n,W] in z.dtype. Differentiable in all three.
+    Returns rows [n,W] in z.dtype. Differentiable in all three. With "triton" a user's row does not
+    depend on the others.
 
     Raises TypeError for a non-tensor or a wrong dtype, ValueError for a wrong shape, device or
     backend. Source: arXiv 2412.13998, the hypernetwork tau(z), linear in z.
@@ -66,7 +68,12 @@ _OP = Op(
     _NAME,
     "(Tensor z, Tensor weight, Tensor bias, str backend) -> Tensor",
     prepare=_prepare,
-    backends=(Backend("reference", expand_modulation_ref),),
+    backends=(
+        triton_backend(
+            "fssa_kernels.ops.expand_modulation.triton_impl", "expand_modulation_triton"
+        ),
+        Backend("reference", expand_modulation_ref),
+    ),
     fake=_fake,
     save=_save,
     backward=_backward,

@@ -65,11 +65,17 @@ def choose(
     measured = lookup("modulated_linear", device.name, key)
     if measured is not None:
         return Config(**measured)
-    return heuristic(device, x, weight, splits, epilogue, rank)
+    return heuristic(device, x, weight, family, splits, epilogue, rank)
 
 
 def heuristic(
-    device: Device, x: Tensor, weight: Tensor, splits: Sequence[int], epilogue: str, rank: int
+    device: Device,
+    x: Tensor,
+    weight: Tensor,
+    family: str,
+    splits: Sequence[int],
+    epilogue: str,
+    rank: int,
 ) -> Config:
     """A configuration from sizes alone.
 
@@ -87,8 +93,13 @@ def heuristic(
     block_n = 64 if swap else 32
     block_t = min(64, max(16, 1 << max(0, num_tokens - 1).bit_length()))
     block_k = 64 if paired or wide or rank > 32 else 128
+    # What follows keeps registers from spilling, which compiling for every target has shown.
+    if family == "core" and rank > 16:
+        block_t = min(block_t, 32)
     if wide:
         block_t = min(block_t, 16)
+        if paired and rank > 16:
+            block_n, block_k = 16, 32
     sizes = splits[:1] if paired else splits
     tiles = sum(-(-size // block_n) for size in sizes)
     split_k = 1

@@ -92,10 +92,12 @@ def run_config(
     if lora_a is not None and lora_b is not None:
         rank = lora_b.shape[-1]
         in_loop = family in ("static", "gated") or (
-            # Every row's M is held in registers, which products without tensor cores need.
+            # Every row's M is held in registers, which a second sum or products without tensor
+            # cores need.
             family == "core"
             and padded_rank(rank) * config.block_t <= 256
             and x.dtype != torch.float32
+            and epilogue == "none"
         )
         if config.way == "vendor" or not in_loop:
             low = _shrink(x, lora_a, rows, slots, family, len(splits), rank)
@@ -180,6 +182,8 @@ def _expand(
 ) -> None:
     # Without tensor cores a tile's products are kept apart, which takes registers.
     block_t, block_n = (16, 32) if base.dtype == torch.float32 else (64, 64)
+    if family == "factors":
+        block_n = 32
     tiles_t, tiles_n = _tiles(base.shape[0], splits, epilogue != "none", block_t, block_n)
     launch(
         expand_kernel,

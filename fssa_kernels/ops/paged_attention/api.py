@@ -13,11 +13,13 @@ from fssa_kernels.checks import (
     check_tensor,
 )
 from fssa_kernels.dispatch import Backend
+from fssa_kernels.gpu.backend import triton_backend
 from fssa_kernels.ops.paged_attention.native_impl import cannot_native, paged_attention_native
 from fssa_kernels.ops.paged_attention.reference import (
     paged_attention_bwd_ref,
     paged_attention_ref,
 )
+from fssa_kernels.ops.paged_attention.sdpa_impl import avoid_sdpa, paged_attention_sdpa
 from fssa_kernels.registration import Op
 
 _NAME = "paged_attention"
@@ -55,15 +57,19 @@ def paged_attention(
         kv_lens: [B] int32, this step's tokens included; 0 is allowed.
         q_indptr: [B+1] int32, from 0, not falling; requests without queries are allowed.
         scale: factor on q . k. window: positions a query sees, itself included; 0 for all.
-        backend: "auto", "native" or "reference".
+        backend: "auto", "native", "triton", "sdpa" or "reference"; the last two read the
+            lengths on the host, which on a GPU waits for it.
 
     Returns [T,H,D] in q.dtype; zero for rows of q that belong to no request. Softmax and sums in
     fp32 (fp64 for fp64 q). A request's result does not depend on the others, nor on whatever the
-    cache holds beyond its length (NaN included). Differentiable in q, k_cache and v_cache, by
+    cache holds beyond its length (NaN included); with "native" and "triton" it has the same bits
+    however its prompt is cut into chunks. Differentiable in q, k_cache and v_cache, by
     computing the forward again.
 
     Raises TypeError for a non-tensor or a wrong dtype; ValueError for a wrong shape, device,
-    window or backend, and on a CPU for lengths, bounds or pages that do not fit.
+    window or backend, and on a CPU for lengths, bounds or pages that do not fit. On a GPU that is
+    not checked: a request with such a length is NaN, as are rows that see a page that does not
+    exist, and everything if the bounds are wrong.
 
     Source: paged cache, arXiv 2309.06180; grouped queries, arXiv 2305.13245.
     """
@@ -168,6 +174,8 @@ _OP = Op(
     prepare=_prepare,
     backends=(
         Backend("native", paged_attention_native, cannot_native, records=True),
+        triton_backend("fssa_kernels.ops.paged_attention.triton_impl", "paged_attention_triton"),
+        Backend("sdpa", paged_attention_sdpa, avoid=avoid_sdpa),
         Backend("reference", paged_attention_ref),
     ),
     fake=_fake,

@@ -124,10 +124,9 @@ def residual_film_rms_norm_bwd_triton(
     """`residual_film_rms_norm_bwd_ref` on inputs that `cannot_triton` accepts."""
     need_s, need_weight, need_rows = needs
     num_tokens, num_channels = h.shape
-    fp32 = {"dtype": torch.float32}
     ds = h.new_empty(h.shape) if need_s else None
-    dscaled = h.new_empty(h.shape, **fp32) if need_weight else None
-    dfilm = h.new_empty(num_tokens, 2, num_channels, **fp32) if need_rows else None
+    dscaled = h.new_empty(h.shape, dtype=torch.float32) if need_weight else None
+    dfilm = h.new_empty((num_tokens, 2, num_channels), dtype=torch.float32) if need_rows else None
     block = max(16, triton.next_power_of_2(num_channels))
     launch(
         norm_bwd_kernel,

@@ -212,7 +212,9 @@ def residual_film_rms_norm_triton(
         return normed, h
     block_t, block_w = 16, max(16, triton.next_power_of_2(low_rank))
     # Without tensor cores a tile's products are kept apart, which takes registers.
-    block_c = 32 if x.dtype == torch.float32 else (64 if block_w > 128 else 128)
+    block_c = 64 if block_w > 128 else 128
+    if x.dtype == torch.float32:
+        block_c = 16 if block_w > 128 else 32
     launch(
         norm_shrink_kernel,
         (triton.cdiv(num_tokens, block_t),),

@@ -13,6 +13,7 @@ from fssa_kernels.checks import (
     check_tensor,
 )
 from fssa_kernels.dispatch import Backend
+from fssa_kernels.gpu.backend import triton_backend
 from fssa_kernels.ops.rope_kv_write.native_impl import cannot_native, rope_kv_write_native
 from fssa_kernels.ops.rope_kv_write.reference import rope_kv_write_ref
 from fssa_kernels.registration import Op, needs_grad
@@ -52,14 +53,15 @@ def rope_kv_write(
         q_norm, k_norm: [D], q.dtype or fp32: weights of a norm of every head before the rotation,
             rounded to q.dtype; None for none. eps, weight_offset: of both, see
             `residual_film_rms_norm`.
-        backend: "auto", "native" or "reference".
+        backend: "auto", "native", "triton" or "reference".
 
     Returns the rotated q [T,H,D], fresh. A row's result does not depend on the other rows.
     Inference only: raises RuntimeError where a gradient would be recorded (training rotates with
     `ops.rope_kv_write.reference.apply_rope`).
 
     Raises TypeError for a non-tensor or a wrong dtype; ValueError for a wrong shape, device or
-    backend, and on a CPU a position or slot out of range, before anything is written.
+    backend, and on a CPU a position or slot out of range, before anything is written (on a GPU the
+    token of a bad position has a NaN row of q and stores a NaN k; a bad slot stores nothing).
 
     Source: rotary embeddings, arXiv 2104.09864; paged cache, arXiv 2309.06180.
     """
@@ -160,6 +162,7 @@ _OP = Op(
     prepare=_prepare,
     backends=(
         Backend("native", rope_kv_write_native, cannot_native, records=True),
+        triton_backend("fssa_kernels.ops.rope_kv_write.triton_impl", "rope_kv_write_triton"),
         Backend("reference", rope_kv_write_ref),
     ),
     fake=_fake,

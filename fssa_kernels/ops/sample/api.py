@@ -13,6 +13,7 @@ from fssa_kernels.checks import (
     check_tensor,
 )
 from fssa_kernels.dispatch import Backend
+from fssa_kernels.gpu.backend import triton_backend
 from fssa_kernels.ops.sample.native_impl import cannot_native, sample_native
 from fssa_kernels.ops.sample.reference import sample_ref
 from fssa_kernels.registration import Op
@@ -45,13 +46,14 @@ def sample(
         top_p: [B] fp32, 1 is off. min_p: [B] fp32 in [0, 1], 0 is off.
         uniform: [B] fp32 in [0, 1): where the draw comes from; the same number, the same token.
         forced: [B] int32: a token to take whatever the logits say, or -1.
-        backend: "auto", "native" or "reference".
+        backend: "auto", "native", "triton" or "reference".
 
     Returns (tokens [B] int32, logprobs [B] fp32): log softmax(logits)[token] in nats, before
     temperature and filters. A row's result does not depend on the other rows.
 
     Raises TypeError for a non-tensor or a wrong dtype; ValueError for a wrong shape, device or
-    backend, and on a CPU a forced token out of range.
+    backend, and on a CPU a forced token out of range (on a GPU it is returned with a NaN
+    log-probability).
 
     Source: top-p, arXiv 1904.09751; min-p, arXiv 2407.01082.
     """
@@ -113,6 +115,7 @@ _OP = Op(
     prepare=_prepare,
     backends=(
         Backend("native", sample_native, cannot_native, records=True),
+        triton_backend("fssa_kernels.ops.sample.triton_impl", "sample_triton"),
         Backend("reference", sample_ref),
     ),
     fake=_fake,

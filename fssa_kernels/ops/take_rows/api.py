@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fssa_kernels.checks import FLOAT_DTYPES, INDEX_DTYPES, bad_value, check_rank, check_tensor
 from fssa_kernels.dispatch import Backend
+from fssa_kernels.gpu.backend import triton_backend
 from fssa_kernels.ops.take_rows.native_impl import cannot_native, take_rows_native
 from fssa_kernels.ops.take_rows.reference import take_rows_ref
 from fssa_kernels.packed import PackedMatrix
@@ -30,13 +31,13 @@ def take_rows(
             tied to the head of a language model lies in memory once, in the head's layout.
         index: [T] int32 in [0, N).
         scale: factor; the product is rounded to the table's dtype once.
-        backend: "auto", "native" or "reference".
+        backend: "auto", "native", "triton" or "reference".
 
     Returns [T,K] in the table's dtype, fresh. Inference only: raises RuntimeError where a gradient
     would be recorded.
 
     Raises TypeError for a non-tensor or a wrong dtype; ValueError for a wrong shape, device or
-    backend, and on a CPU an index out of range.
+    backend, and on a CPU an index out of range (on a GPU the row is NaN).
     """
     inputs = _prepare(table, index, scale=scale, backend=backend)
     if isinstance(table, PackedMatrix):
@@ -76,6 +77,7 @@ _OP = Op(
     prepare=_prepare,
     backends=(
         Backend("native", take_rows_native, cannot_native, records=True),
+        triton_backend("fssa_kernels.ops.take_rows.triton_impl", "take_rows_triton"),
         Backend("reference", take_rows_ref),
     ),
     fake=_fake,
