@@ -26,7 +26,16 @@ def check(inputs, dtype):
     # Rounded once: a second rounding anywhere would exceed half a unit. h may cancel, so its
     # fp32 error is relative to what was added.
     torch.testing.assert_close(h.double(), exact_h, rtol=HALF_ULP[dtype], atol=1e-5)
-    torch.testing.assert_close(normed.double(), exact, rtol=HALF_ULP[dtype], atol=1e-12)
+    width = inputs["x"].shape[1]
+    torch.testing.assert_close(normed[:, :width].double(), exact, rtol=HALF_ULP[dtype], atol=1e-12)
+    if inputs.get("lora_a") is None:
+        assert normed.shape[1] == width
+        return
+    s = normed[:, :width].double() @ inputs["lora_a"].double().t()
+    if inputs.get("gates") is not None:
+        s *= inputs["gates"].double()[inputs["slots"].long()]
+    # The sum over channels is in fp32 and may cancel.
+    torch.testing.assert_close(normed[:, width:].double(), s, rtol=HALF_ULP[dtype], atol=2e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -50,7 +59,7 @@ def test_any_sizes_match_the_oracle(seed, **sizes):
     check(_Sizes(**sizes).make(torch.Generator().manual_seed(seed), torch.float64), torch.float64)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [c for c in CASES if c.differentiable], ids=str)
 def test_gradients(case):
     inputs = case.inputs(torch.float64)
     for name in case.differentiable:
@@ -63,6 +72,13 @@ def test_gradients(case):
 
     tensors = [inputs[name] for name in case.differentiable]
     assert torch.autograd.gradcheck(call, tensors, fast_mode=True)
+
+
+def test_the_next_linear_s_input_is_for_inference():
+    inputs = by_name("shrink").inputs(torch.float32)
+    inputs["x"].requires_grad_()
+    with pytest.raises(RuntimeError, match="lora_a: expected None where a gradient is wanted"):
+        residual_film_rms_norm(**inputs)
 
 
 @pytest.mark.parametrize("needed", ["x", "residual", "weight", "rows"])
@@ -136,6 +152,13 @@ BAD = {
         dict(slots=torch.full((5,), 3, dtype=torch.int32)),
         ValueError,
         r"slots: expected values in \[0, 3\), got",
+    ),
+    "lora_a width": (dict(lora_a=torch.zeros(4, 32)), ValueError, r"lora_a: .*\(4, 33\)"),
+    "gates alone": (dict(gates=torch.zeros(3, 4)), ValueError, "gates: .*None without lora_a"),
+    "gates width": (
+        dict(lora_a=torch.zeros(4, 33), gates=torch.zeros(3, 5)),
+        ValueError,
+        r"gates: .*\(3, 4\)",
     ),
     "eps": (dict(eps=-1.0), ValueError, "eps: expected a number >= 0, got -1.0"),
     "eps NaN": (dict(eps=float("nan")), ValueError, "eps: expected a number >= 0, got nan"),
