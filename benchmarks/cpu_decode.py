@@ -35,6 +35,7 @@ from fssa_runtime.conditioning.layout import ModulatorConfig
 from fssa_runtime.conditioning.merge import merged, reference_answer_logprobs
 from fssa_runtime.conditioning.modulator import Modulator
 from fssa_runtime.conditioning.table import ModulationTable
+from fssa_runtime.conditioning.user_weights import UserWeights
 from fssa_runtime.engine.engine import Engine
 from fssa_runtime.models.language_model import LanguageModel
 from fssa_runtime.models.pull import DEFAULT_MODEL
@@ -75,18 +76,20 @@ class Ours:
         self.table = ModulationTable(self.modulator.layout, max_batch)
         latents = torch.randn(max_batch, 16, generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
-            self.slots = [self.table.add(row) for row in self.modulator.rows(latents)]
+            self.users = [UserWeights.of_row(row) for row in self.modulator.rows(latents)]
         nobody = torch.zeros(0, dtype=torch.int32)
         modulation = self.modulator.bind(self.table.rows, nobody, dtype=model.decoder.dtype)
         limits = {
             "max_batch_size": max_batch,
             "max_batch_tokens": max(2048, prefill_tokens),
             "max_kv_tokens": max(max_batch * 256, 2 * prefill_tokens),
+            # The same prompt comes again and again, and is to be computed each time.
+            "prefix_cache": False,
         }
         no_stops: frozenset[int] = frozenset()
         self.engines = {
-            "base only": Engine(model.decoder, no_stops, None, **limits),
-            "one user": Engine(model.decoder, no_stops, modulation, **limits),
+            "base only": Engine(model.decoder, no_stops, **limits),
+            "one user": Engine(model.decoder, no_stops, modulation, self.table, **limits),
         }
         self.engines["all distinct"] = self.engines["one user"]
         for name, engine in self.engines.items():
@@ -96,13 +99,13 @@ class Ours:
                 )
 
     def requests(self, row: str, batch: int, prompt: list[int], new: int) -> list[Request]:
-        slots = {
-            "base only": [0] * batch,
-            "one user": [self.slots[0]] * batch,
-            "all distinct": self.slots[:batch],
+        users: list[UserWeights | None] = {
+            "base only": [None] * batch,
+            "one user": [self.users[0]] * batch,
+            "all distinct": self.users[:batch],
         }[row]
         sampling = SamplingParams(max_tokens=new)
-        return [Request(prompt, slot, sampling) for slot in slots]
+        return [Request(prompt, user, sampling) for user in users]
 
     def decode(self, row: str, batch: int, prompt: list[int], new: int) -> float:
         """Tokens a second of ``new`` steps, the prefill and its token left out."""
@@ -172,7 +175,7 @@ def _errors(ours: Ours, prompt: list[int], completion: Completion) -> dict[str, 
     from transformers import AutoModelForCausalLM
 
     scored = {}
-    row = ours.table.rows[ours.slots[0]]
+    row = ours.users[0].make_row()
     for dtype in (torch.float32, torch.bfloat16):
         reference = AutoModelForCausalLM.from_pretrained(
             ours.model.folder, dtype=dtype, local_files_only=True

@@ -41,7 +41,8 @@ def parts(names: Sequence[str]) -> list[str]:
 
 def profile(ours: Ours, row: str, batch: int, keys: int, repeats: int) -> dict[str, float]:
     """Milliseconds of one step by part, with ``keys`` keys in every row."""
-    runner = ours.engines[row].runner
+    runner, slots = ours.engines[row].runner, ours.engines["all distinct"].slots
+    assert slots is not None
     graph = runner._graph
     assert graph is not None
     pages = -(-keys // PAGE)
@@ -51,7 +52,7 @@ def profile(ours: Ours, row: str, batch: int, keys: int, repeats: int) -> dict[s
                 [100 + b],
                 keys - 1,
                 list(range(b * pages, (b + 1) * pages)),
-                0 if row == "base only" else ours.slots[b],
+                0 if row == "base only" else slots.acquire(ours.users[b]),
                 SamplingParams(),
             )
             for b in range(batch)

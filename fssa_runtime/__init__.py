@@ -1,3 +1,22 @@
 """Few-shot steerable alignment: users, models, training and generation."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .llm import LLM as LLM
+    from .llm import Choice as Choice
+    from .llm import SamplingParams as SamplingParams
+
 __version__ = "0.1.0"
+__all__ = ["LLM", "Choice", "SamplingParams", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    # Found when first wanted: torch takes seconds, and `fssa --help` needs none of it.
+    if name in __all__:
+        from . import llm
+
+        return getattr(llm, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

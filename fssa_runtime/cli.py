@@ -63,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_data(commands)
     _add_evaluate(commands)
+    _add_plan(commands)
     return parser
 
 
@@ -197,3 +198,78 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from .training.commands import evaluate_command
 
     evaluate_command(arguments.config, arguments.output)
+
+
+def _add_plan(commands: Subparsers) -> None:
+    plan = _add(commands, "plan", _plan, "how many users and tokens a second a machine holds")
+    plan.description = (
+        "Simulate the engine's scheduler on a machine: how many users are resident beside the "
+        "model, and how many requests and tokens a second are served within the objectives. "
+        "Without --rate the largest rate that holds is looked for."
+    )
+    plan.epilog = (
+        "Step times are a roofline, from the machine's limits, unless --measured gives measured "
+        "ones; the report says which. Example: fssa plan --model llama-8b --machine h100 --rate 50"
+    )
+    plan.add_argument(
+        "--model",
+        required=True,
+        help="llama-8b, llama-1b, qwen2.5-7b, qwen2.5-1.5b, smollm2-135m (shapes, nothing is "
+        f"fetched), or {MODEL_HELP}",
+    )
+    plan.add_argument(
+        "--machine",
+        required=True,
+        choices=["h100", "h200", "a100", "cpu", "custom"],
+        help="cpu: this one, tested for a second; custom: the three figures below",
+    )
+    machine = plan.add_argument_group("the machine's figures, in place of its own")
+    machine.add_argument("--memory-gb", type=float, metavar="GB", help="memory")
+    machine.add_argument("--bandwidth-gb-s", type=float, metavar="GB/S", help="of the memory")
+    machine.add_argument("--tflops", type=float, metavar="T", help="bf16, dense")
+    machine.add_argument(
+        "--overhead-ms", type=float, metavar="MS", help="added to every step of a roofline"
+    )
+    machine.add_argument(
+        "--measured",
+        type=Path,
+        metavar="FILE",
+        help="step times: JSON of benchmarks.cpu_decode or benchmarks.cpu_profile",
+    )
+    load = plan.add_argument_group("the load")
+    load.add_argument("--users", type=int, metavar="N", help="who send requests (1000000)")
+    load.add_argument("--rate", type=float, metavar="R", help="requests a second, on average")
+    load.add_argument("--requests", type=int, metavar="N", help="of every simulation (10000)")
+    load.add_argument("--prompt-tokens", type=float, metavar="MEAN", help="new text (256)")
+    load.add_argument("--output-tokens", type=float, metavar="MEAN", help="answers (128)")
+    load.add_argument("--zipf", type=float, metavar="S", help="how unlike users send; 0: alike (1)")
+    load.add_argument(
+        "--continued", type=float, metavar="P", help="chance to go on with a conversation (0.5)"
+    )
+    load.add_argument("--on-s", type=float, metavar="S", help="mean length of a burst (1)")
+    load.add_argument("--off-s", type=float, metavar="S", help="between bursts (0: no bursts)")
+    load.add_argument("--seed", type=int, metavar="N", help="of the load (0)")
+    engine = plan.add_argument_group("the engine")
+    engine.add_argument("--rank", type=int, metavar="R", help="of the modulation, gated (16)")
+    engine.add_argument("--slots", type=int, metavar="N", help="users in the table (all that fit)")
+    engine.add_argument("--max-streams", type=int, metavar="N", help="rows of a step (256)")
+    engine.add_argument("--step-tokens", type=int, metavar="N", help="tokens of a step (1024)")
+    engine.add_argument("--max-length", type=int, metavar="N", help="of a request (8192 at most)")
+    engine.add_argument("--page-size", type=int, metavar="N", help="tokens of a page (16)")
+    aims = plan.add_argument_group("the objectives, of 99 % of the requests")
+    aims.add_argument("--ttft", dest="ttft_ms", type=float, metavar="MS", help="first token (1000)")
+    aims.add_argument("--itl", dest="itl_ms", type=float, metavar="MS", help="mean between (100)")
+    plan.add_argument("--json", dest="json_file", type=Path, metavar="FILE", help="also as JSON")
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from dataclasses import fields
+
+    from rich.console import Console
+
+    from .planning.command import PlanOptions, run_plan
+
+    # What is not given has its default there.
+    given = {field.name: getattr(arguments, field.name) for field in fields(PlanOptions)}
+    options = PlanOptions(**{name: value for name, value in given.items() if value is not None})
+    run_plan(options, Console())

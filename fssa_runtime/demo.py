@@ -16,31 +16,19 @@ from rich.table import Table
 from rich.text import Text
 
 from .conditioning.merge import merged, reference_answer_logprobs
+from .conditioning.shipped import shipped_conditioning
+from .conditioning.user_weights import UserWeights
 from .errors import InputError
 from .files import write_atomically
+from .llm import LLM
 from .models.language_model import LanguageModel
 from .models.pull import DEFAULT_MODEL
 from .request import Completion, SamplingParams
-from .steering import SteeredModel, SteeredRequest
 from .training.tastes import TASTES, describe
 from .users.examples import ExampleUser, read_users
 
 USERS_FILE = "example_users.json"
 DEFAULT_PROMPT = "What should I see in Paris?"
-
-
-def shipped_conditioning(model: str) -> Path:
-    """The checkpoint that comes with the package for a model.
-
-    Raises:
-        InputError: there is none.
-    """
-    if model != DEFAULT_MODEL:
-        raise InputError(
-            f"no conditioning ships for {model!r} (only for {DEFAULT_MODEL}); "
-            "train one with `fssa train policy` and name it with --conditioning"
-        )
-    return Path(__file__).parent / "assets" / DEFAULT_MODEL
 
 
 @dataclass(frozen=True)
@@ -65,6 +53,11 @@ def run_demo(options: DemoOptions, console: Console) -> dict[str, Any]:
         InputError: as the loaders do, or more users wanted than there are.
     """
     folder = options.conditioning or shipped_conditioning(options.model)
+    if folder is None:
+        raise InputError(
+            f"no conditioning ships for {options.model!r} (only for {DEFAULT_MODEL}); "
+            "train one with `fssa train policy` and name it with --conditioning"
+        )
     users = _pick(read_users(options.users_file or folder / USERS_FILE), options.num_users)
     if not options.prompt.strip():
         raise InputError("--prompt: expected some text, got none")
@@ -75,15 +68,16 @@ def run_demo(options: DemoOptions, console: Console) -> dict[str, Any]:
         device=options.device,
         show_progress=console.is_terminal,
     )
-    steered = SteeredModel.load(model, folder, max_users=len(users))
-    slots = _infer(steered, users, console)
-    rows = [0, *slots]  # the first row is nobody's: what the unmodulated model says
+    # Without the prefix cache: a user alone computes their prompt anew.
+    llm = LLM(model, folder, max_batch_size=1 + len(users), prefix_cache=False)
+    people = _infer(llm, users, console)
+    rows = [None, *people]  # the first row is nobody's: what the unmodulated model says
     sampling = SamplingParams(max_tokens=options.max_tokens)
-    warm_up = SteeredRequest(options.prompt, sampling=SamplingParams(max_tokens=2))
-    steered.generate([warm_up])  # the first pass pays for things that are not generation
-    batched, batched_seconds = _together(steered, options.prompt, rows, sampling, console)
-    solo, solo_seconds = _alone(steered, options.prompt, rows, batched, console)
-    merged_logprobs = _merged(steered, options.prompt, rows, batched, console)
+    warm_up = llm.request(options.prompt, sampling=SamplingParams(max_tokens=2))
+    llm.run([warm_up])  # the first pass pays for things that are not generation
+    batched, batched_seconds = _together(llm, options.prompt, rows, sampling, console)
+    solo, solo_seconds = _alone(llm, options.prompt, rows, batched, console)
+    merged_logprobs = _merged(llm, options.prompt, rows, batched, console)
     num_tokens = sum(len(completion.tokens) for completion in batched)
     texts = [model.decode(completion.tokens).strip() for completion in batched]
     result = {
@@ -102,7 +96,7 @@ def run_demo(options: DemoOptions, console: Console) -> dict[str, Any]:
         ],
         "unmodulated_text": texts[0],
         "batch_rows": len(rows),
-        "distinct_users": len(set(slots)),
+        "distinct_users": len({person.fingerprint for person in people}),
         "num_tokens": num_tokens,
         "max_abs_logprob_diff_vs_solo": _largest_difference(batched, [c.logprobs for c in solo]),
         "max_abs_logprob_diff_vs_merged": _largest_difference(batched, merged_logprobs),
@@ -134,20 +128,20 @@ def _pick(users: Sequence[ExampleUser], wanted: int | None) -> list[ExampleUser]
     return list(users[:wanted])
 
 
-def _infer(steered: SteeredModel, users: Sequence[ExampleUser], console: Console) -> list[int]:
+def _infer(llm: LLM, users: Sequence[ExampleUser], console: Console) -> list[UserWeights]:
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("reading each user's choices", total=len(users))
-        slots = []
+        people = []
         for user in users:
-            slots.append(steered.add_user(user.choices))
+            people.append(llm.users.infer(user.name, user.choices).weights)
             progress.advance(task)
-    return slots
+    return people
 
 
 def _together(
-    steered: SteeredModel,
+    llm: LLM,
     prompt: str,
-    rows: Sequence[int],
+    rows: Sequence[UserWeights | None],
     sampling: SamplingParams,
     console: Console,
 ) -> tuple[list[Completion], float]:
@@ -155,17 +149,17 @@ def _together(
         total = sampling.max_tokens * len(rows)
         task = progress.add_task(f"one batch, {len(rows)} rows", total=total)
         start = time.perf_counter()
-        completions = steered.generate(
-            [SteeredRequest(prompt, row, sampling) for row in rows],
+        completions = llm.run(
+            [llm.request(prompt, row, sampling) for row in rows],
             on_token=lambda _row, _token: progress.advance(task),
         )
         return completions, time.perf_counter() - start
 
 
 def _alone(
-    steered: SteeredModel,
+    llm: LLM,
     prompt: str,
-    rows: Sequence[int],
+    rows: Sequence[UserWeights | None],
     batched: Sequence[Completion],
     console: Console,
 ) -> tuple[list[Completion], float]:
@@ -175,23 +169,23 @@ def _alone(
         completions = []
         start = time.perf_counter()
         for row, completion in zip(rows, batched, strict=True):
-            again = SteeredRequest(prompt, row, forced_tokens=completion.tokens)
-            completions += steered.generate([again])
+            again = llm.request(prompt, row, forced_tokens=completion.tokens)
+            completions += llm.run([again])
             progress.advance(task)
         return completions, time.perf_counter() - start
 
 
 def _merged(
-    steered: SteeredModel,
+    llm: LLM,
     prompt: str,
-    rows: Sequence[int],
+    rows: Sequence[UserWeights | None],
     batched: Sequence[Completion],
     console: Console,
 ) -> list[list[float]]:
     """The texts scored by transformers with each user's weights merged by hand."""
     from transformers import AutoModelForCausalLM
 
-    model = steered.model
+    model = llm.model
     reference = AutoModelForCausalLM.from_pretrained(
         model.folder, dtype=model.decoder.dtype, local_files_only=True
     ).eval()
@@ -200,8 +194,10 @@ def _merged(
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("the same, weights merged by hand", total=len(rows))
         for row, completion in zip(rows, batched, strict=True):
-            table_row = steered.table.rows[row].cpu()
-            with merged(reference, steered.conditioning.modulator, table_row) as own:
+            assert llm.conditioning is not None
+            modulator = llm.conditioning.modulator
+            table_row = modulator.layout.identity() if row is None else row.make_row()
+            with merged(reference, modulator, table_row) as own:
                 scored = reference_answer_logprobs(own, prompt_tokens, completion.tokens)
             logprobs.append(scored.tolist())
             progress.advance(task)

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from .conditioning.user_weights import UserWeights
 from .errors import InputError
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "deadline"]
 
 
 @dataclass(frozen=True)
@@ -51,15 +52,30 @@ GREEDY = SamplingParams()
 class Request:
     """One prompt of one user.
 
-    ``slot`` is the user's row of the modulation table, 0 for nobody. With ``forced_tokens`` the
-    engine writes those instead of choosing, through the same prefill and decode steps: that is
-    how log-probabilities of one text are compared between batches.
+    Attributes:
+        user: whose weights write the answer; None for the base model's.
+        forced_tokens: written instead of choosing, through the same prefill and decode steps: that
+            is how log-probabilities of one text are compared between batches.
+        n: answers to write, which share the prompt's keys and values.
+        priority: larger goes first. timeout: seconds after which it is no longer wanted, or None.
+
+    Raises:
+        InputError: n below 1, or a timeout that is not positive.
     """
 
     prompt_tokens: Sequence[int]
-    slot: int = 0
+    user: UserWeights | None = None
     sampling: SamplingParams = GREEDY
     forced_tokens: Sequence[int] | None = None
+    n: int = 1
+    priority: int = 0
+    timeout: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise InputError(f"n must be at least 1, got {self.n}")
+        if self.timeout is not None and not self.timeout > 0:
+            raise InputError(f"timeout must be positive, got {self.timeout}")
 
 
 @dataclass(frozen=True)

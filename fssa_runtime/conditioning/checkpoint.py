@@ -6,8 +6,11 @@ made for; ``adapter_model.safetensors`` holds encoder and modulator. Nothing is 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import math
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +29,7 @@ from .embedding import EmbeddingConfig, embed_options
 from .encoder import EncoderConfig, PreferenceEncoder
 from .layout import ModulatorConfig
 from .modulator import Modulator
+from .user_weights import UserWeights
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -90,6 +94,47 @@ class Conditioning:
         generated = self.modulator.rows(z[None].float())[0]
         row[: len(generated)] = generated
         return row
+
+    @torch.no_grad()
+    def blend(self, parts: Sequence[tuple[float, torch.Tensor]]) -> UserWeights:
+        """Weights of a mixture of users: (share, latent ``z [Z]``) of each.
+
+            row = identity + sum_i share_i (row(z_i) - identity)
+
+        One part of share 1 is that user; a smaller share is the same taste at less strength, and
+        two parts a point between two people. Rows are linear in z, so for the families that come
+        from z this is exact.
+
+        Raises:
+            InputError: no parts, a share or latent that is not finite, or a wrong length.
+        """
+        if not parts:
+            raise InputError("a mixture of users: expected at least one, got none")
+        for share, z in parts:
+            if not math.isfinite(share):
+                raise InputError(f"share of a user: expected a finite number, got {share}")
+            self.row(z)  # raises for what is not a latent
+        kept = [(float(share), z.detach().float().cpu().clone()) for share, z in parts]
+        digest = hashlib.sha256(self.fingerprint)
+        for share, z in kept:
+            digest.update(struct.pack("<d", share) + z.numpy().tobytes())
+
+        def make_row() -> torch.Tensor:
+            if [share for share, _ in kept] == [1.0]:
+                return self.row(kept[0][1])
+            identity = self.modulator.layout.identity()
+            return identity + sum(share * (self.row(z) - identity) for share, z in kept)
+
+        return UserWeights(digest.digest(), make_row)
+
+    @functools.cached_property
+    def fingerprint(self) -> bytes:
+        """Digest of every trained tensor as it is when this is first asked for."""
+        digest = hashlib.sha256(self.base_fingerprint.encode())
+        for name, tensor in sorted(self.tensors().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        return digest.digest()
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every trained tensor, by the name it has on disk."""

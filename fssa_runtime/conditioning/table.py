@@ -42,7 +42,7 @@ class ModulationTable:
             InputError: wrong length, NaN or infinity; nothing is stored.
             RuntimeError: no slot is free.
         """
-        self._check(row)
+        self.check(row)
         if not self._free:
             raise RuntimeError(f"all {len(self.rows) - 1} slots of the modulation table are taken")
         slot = self._free.pop()
@@ -60,7 +60,8 @@ class ModulationTable:
         self.rows[slot] = float("nan")
         self._free.append(slot)
 
-    def _check(self, row: torch.Tensor) -> None:
+    def check(self, row: torch.Tensor) -> None:
+        """Raise InputError for a row of the wrong length, or not finite in the table's dtype."""
         if row.shape != (self.layout.width,):
             raise InputError(
                 f"modulation row: expected shape [{self.layout.width}], got {list(row.shape)}"

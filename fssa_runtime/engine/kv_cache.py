@@ -1,6 +1,8 @@
-"""Pages of keys and values, and who holds them."""
+"""Memory of keys and values, in pages."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 
@@ -8,9 +10,9 @@ from ..models.config import DecoderConfig
 
 
 class KVCache:
-    """``num_pages`` pages of ``page_size`` tokens for every layer.
+    """``num_pages`` pages of ``page_size`` tokens for every layer; who holds them: `PagePool`.
 
-    ``k``, ``v``: ``[L, num_pages, P, Hkv, D]``. Pages are handed out and taken back by number.
+    ``k``, ``v``: ``[L, num_pages, P, Hkv, D]``.
     """
 
     def __init__(
@@ -26,31 +28,19 @@ class KVCache:
         self.num_pages = num_pages
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
-        self._free = list(range(num_pages - 1, -1, -1))
-
-    @property
-    def num_free(self) -> int:
-        return len(self._free)
 
     def pages_for(self, num_tokens: int) -> int:
         """Pages that hold ``num_tokens`` tokens."""
         return -(-num_tokens // self.page_size)
 
-    def allocate(self, num_tokens: int) -> list[int] | None:
-        """Pages for ``num_tokens`` tokens, or None when too few are free."""
-        count = self.pages_for(num_tokens)
-        if count > len(self._free):
-            return None
-        return [self._free.pop() for _ in range(count)]
+    def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy pages: the content of each (from, to)."""
+        if pairs:
+            sources, targets = (list(pages) for pages in zip(*pairs, strict=True))
+            for memory in (self.k, self.v):
+                memory[:, targets] = memory[:, sources]
 
-    def free(self, pages: list[int]) -> None:
-        """Take pages back.
-
-        Raises:
-            ValueError: a page that is free already or does not exist.
-        """
-        if len(set(pages)) != len(pages) or set(pages) & set(self._free):
-            raise ValueError(f"pages {pages} are freed twice")
-        if not all(0 <= page < self.num_pages for page in pages):
-            raise ValueError(f"pages {pages} are not all in 0..{self.num_pages - 1}")
-        self._free.extend(reversed(pages))
+    def poison(self, pages: Sequence[int]) -> None:
+        """Fill pages with NaN, so that whoever still reads them is seen."""
+        for memory in (self.k, self.v):
+            memory[:, list(pages)] = float("nan")

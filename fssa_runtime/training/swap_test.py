@@ -21,10 +21,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from rich.progress import Progress
 
 from ..conditioning.checkpoint import Choice
+from ..conditioning.user_weights import UserWeights
+from ..llm import LLM
 from ..models.language_model import LanguageModel
 from ..models.packed import PackedOptions, batches_by_tokens
 from ..request import Completion, SamplingParams
-from ..steering import SteeredModel, SteeredRequest
 from .answers import read_answers, read_prompts
 from .policy import MAX_BATCH_TOKENS, answer_logprobs
 from .population import PopulationConfig, candidates, heldout_answers, simulate
@@ -65,12 +66,12 @@ class SwapTestConfig(BaseModel):
 
 @dataclass(frozen=True)
 class _Condition:
-    """One column of the result: ``slots[j]`` answers prompt j."""
+    """One column of the result: ``users[j]`` answers prompt j."""
 
     taste: str
     name: str
     weight: float
-    slots: list[int]
+    users: Sequence[UserWeights | None]
 
 
 def run_swap_test(config: SwapTestConfig) -> dict[str, Any]:
@@ -91,14 +92,11 @@ def run_swap_test(config: SwapTestConfig) -> dict[str, Any]:
     scale = TasteScale.fit(texts, config.population.tastes)
     context = heldout_answers(config.data, answers)
     model = LanguageModel.load(config.model, dtype=config.dtype, show_progress=True)
-    num_latents = len(config.population.tastes) * config.users_per_side * (2 + len(config.mixtures))
-    steered = SteeredModel.load(
-        model, config.conditioning, max_users=num_latents, max_batch_size=config.batch_size
-    )
-    conditions = [_Condition("", "unmodulated", 0.0, [0] * len(prompts))]
+    llm = LLM(model, config.conditioning, max_batch_size=config.batch_size)
+    conditions = [_Condition("", "unmodulated", 0.0, [None] * len(prompts))]
     for number, taste in enumerate(config.population.tastes):
-        conditions += _sides(config, steered, taste, number, context, scale, len(prompts))
-    completions = _generate(config, steered, prompts, conditions)
+        conditions += _sides(config, llm, taste, number, context, scale, len(prompts))
+    completions = _generate(config, llm, prompts, conditions)
     result: dict[str, Any] = {
         "config": config.model_dump(mode="json"),
         "num_prompts": len(prompts),
@@ -125,7 +123,7 @@ def run_swap_test(config: SwapTestConfig) -> dict[str, Any]:
 
 def _sides(
     config: SwapTestConfig,
-    steered: SteeredModel,
+    llm: LLM,
     taste: str,
     number: int,
     context: dict[str, list[str]],
@@ -133,6 +131,8 @@ def _sides(
     num_prompts: int,
 ) -> list[_Condition]:
     """Users for and against one taste, and latents between them."""
+    conditioning = llm.conditioning
+    assert conditioning is not None
     latents = {}
     for side, sign in (("more", 1.0), ("less", -1.0)):
         users = {
@@ -147,8 +147,8 @@ def _sides(
             seed=config.seed + 1000 * (2 * number + (sign > 0)),
         )
         latents[side] = [
-            steered.conditioning.infer(
-                steered.model,
+            conditioning.infer(
+                llm.model,
                 [Choice(c.prompt, c.chosen, c.rejected) for c in choices if c.user == user],
             )
             for user in users
@@ -156,25 +156,25 @@ def _sides(
     mixes = {"less": 0.0, **{f"mix {m:g}": m for m in sorted(config.mixtures)}, "more": 1.0}
     conditions = []
     for name, mix in mixes.items():
-        slots = [
-            steered.add_latent(torch.lerp(less, more, mix))
+        mixed = [
+            conditioning.blend([(1.0, torch.lerp(less, more, mix))])
             for less, more in zip(latents["less"], latents["more"], strict=True)
         ]
-        turns = [slots[j % len(slots)] for j in range(num_prompts)]
+        turns = [mixed[j % len(mixed)] for j in range(num_prompts)]
         conditions.append(_Condition(taste, name, 2 * mix - 1, turns))
     return conditions
 
 
 def _generate(
     config: SwapTestConfig,
-    steered: SteeredModel,
+    llm: LLM,
     prompts: Sequence[str],
     conditions: Sequence[_Condition],
 ) -> list[list[Completion]]:
     requested = [
-        SteeredRequest(
+        llm.request(
             prompt,
-            slot,
+            user,
             SamplingParams(
                 max_tokens=config.max_tokens,
                 temperature=config.temperature,
@@ -183,11 +183,11 @@ def _generate(
             ),
         )
         for condition in conditions
-        for j, (prompt, slot) in enumerate(zip(prompts, condition.slots, strict=True))
+        for j, (prompt, user) in enumerate(zip(prompts, condition.users, strict=True))
     ]
     with Progress() as progress:
         task = progress.add_task("answering under every condition", total=len(requested))
-        flat = steered.generate(requested, on_finish=lambda _i, _c: progress.advance(task))
+        flat = llm.run(requested, on_finish=lambda _i, _c: progress.advance(task))
     return [flat[i : i + len(prompts)] for i in range(0, len(flat), len(prompts))]
 
 

@@ -21,6 +21,7 @@ ALL_LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 FAMILIES: dict[str, list[dict[str, Any]]] = {
     "film": [{"family": "film"}],
     "gated": [{"family": "gated", "sites": ALL_LINEARS, "rank": 3}],
+    "gated-wide": [{"family": "gated", "sites": ALL_LINEARS, "rank": 8}],
     "gated-some": [{"family": "gated", "sites": ("q", "v", "o", "up"), "rank": 4}],
     "core": [{"family": "core", "sites": ALL_LINEARS, "rank": 2}],
     "static": [{"family": "static", "sites": ("q", "v"), "rank": 2}],

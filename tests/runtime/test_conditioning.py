@@ -19,11 +19,12 @@ from fssa_runtime.conditioning.layout import FamilyConfig, ModulatorConfig
 from fssa_runtime.conditioning.merge import merged, reference_answer_logprobs
 from fssa_runtime.conditioning.modulator import Modulator
 from fssa_runtime.conditioning.table import ModulationTable
+from fssa_runtime.conditioning.user_weights import UserWeights
 from fssa_runtime.errors import InputError
+from fssa_runtime.llm import LLM
 from fssa_runtime.models.language_model import LanguageModel
 from fssa_runtime.models.packed import PackedOptions
 from fssa_runtime.request import SamplingParams
-from fssa_runtime.steering import SteeredModel, SteeredRequest
 from fssa_runtime.training.policy import answer_logprobs
 
 from .conditioned import CHOICES, FAMILIES, random_conditioning, random_row, small_model
@@ -45,25 +46,24 @@ def logprobs_of(completions: list, index: int) -> torch.Tensor:
 def test_every_row_is_its_own_user(family: str, model: LanguageModel) -> None:
     """A batch of three users and nobody equals each alone, and each merged by hand."""
     conditioning = random_conditioning(model, family)
-    steered = SteeredModel(model, conditioning, max_users=3)
-    slots = [0, *(steered.table.add(random_row(conditioning, seed)) for seed in (1, 2, 3))]
+    llm = LLM(model, conditioning, prefix_cache=False)
+    rows = [random_row(conditioning, seed) for seed in (1, 2, 3)]
+    users = [None, *map(UserWeights.of_row, rows)]
+    rows = [conditioning.modulator.layout.identity(), *rows]
     sampling = SamplingParams(max_tokens=12)
-    together = steered.generate(
-        [SteeredRequest(p, s, sampling) for p, s in zip(PROMPTS, slots, strict=True)]
-    )
+    together = llm.run([llm.request(p, u, sampling) for p, u in zip(PROMPTS, users, strict=True)])
     reference = reference_model(model.folder)
-    for index, (prompt, slot) in enumerate(zip(PROMPTS, slots, strict=True)):
+    for index, (prompt, user) in enumerate(zip(PROMPTS, users, strict=True)):
         ours = logprobs_of(together, index)
         tokens = together[index].tokens
-        alone = steered.generate([SteeredRequest(prompt, slot, forced_tokens=tokens)])
+        alone = llm.run([llm.request(prompt, user, forced_tokens=tokens)])
         assert (ours - logprobs_of(alone, 0)).abs().max() <= 1e-4
         prompt_tokens = model.chat_tokens(prompt)
-        row = steered.table.rows[slot]
-        with merged(reference, conditioning.modulator, row) as own:
+        with merged(reference, conditioning.modulator, rows[index]) as own:
             theirs = reference_answer_logprobs(own, prompt_tokens, tokens)
         assert (ours - theirs).abs().max() <= 1e-4
-        if slot and family != "static":
-            other = steered.table.rows[slots[index % 3 + 1]]
+        if user is not None and family != "static":
+            other = rows[index % 3 + 1]
             with merged(reference, conditioning.modulator, other) as wrong:
                 mixed_up = reference_answer_logprobs(wrong, prompt_tokens, tokens)
             # The check above would notice another user's weights.
@@ -153,16 +153,19 @@ def test_table_slots_are_used_once_and_freed_rows_are_poisoned(model: LanguageMo
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_bad_rows_and_latents_store_nothing(bad: float, model: LanguageModel) -> None:
     conditioning = random_conditioning(model, "gated")
-    steered = SteeredModel(model, conditioning, max_users=1)
+    llm = LLM(model, conditioning)
     with pytest.raises(InputError, match="finite"):
-        steered.add_latent(torch.full((5,), bad))
+        llm.users.set_latent("ana", torch.full((5,), bad))
     with pytest.raises(InputError, match=r"shape \[5\]"):
-        steered.add_latent(torch.zeros(4))
+        llm.users.set_latent("ana", torch.zeros(4))
+    assert "ana" not in llm.users
+    huge = llm.users.set_latent("ana", torch.full((5,), 3e38)).weights  # its row is not finite
     with pytest.raises(InputError, match="finite"):
-        steered.add_latent(torch.full((5,), 3e38))  # finite, but its row is not
+        llm.run([llm.request("Why?", huge)])
     with pytest.raises(InputError, match="shape"):
-        steered.table.add(torch.zeros(3))
-    assert steered.table.num_free == 1
+        llm.run([llm.request("Why?", UserWeights.of_row(torch.zeros(3)))])
+    assert llm.engine.slots is not None
+    assert llm.engine.slots.stats.filled == 0
 
 
 def test_latents_come_from_choices(model: LanguageModel) -> None:

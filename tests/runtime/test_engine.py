@@ -10,8 +10,8 @@ import torch
 
 from fssa_kernels.gpu.graph import CudaStepGraph
 from fssa_kernels.native import RecordingError
+from fssa_runtime.conditioning.user_weights import UserWeights
 from fssa_runtime.engine.engine import Engine
-from fssa_runtime.engine.kv_cache import KVCache
 from fssa_runtime.errors import InputError
 from fssa_runtime.models.language_model import LanguageModel
 from fssa_runtime.request import Completion, Request, SamplingParams
@@ -25,7 +25,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
 
 
 def engine(model: LanguageModel, **changes: int) -> Engine:
-    settings = {"max_batch_size": 4, "max_kv_tokens": 256, "page_size": 4, **changes}
+    settings = {
+        "max_batch_size": 4,
+        "max_kv_tokens": 256,
+        "page_size": 4,
+        "debug": True,
+        **changes,
+    }
     return Engine(model.decoder, frozenset({257}), **settings)
 
 
@@ -63,12 +69,12 @@ def test_answers_do_not_depend_on_the_batch(model: LanguageModel, limits: dict) 
     shared = engine(model, **limits)
     together = shared.generate(requests)
     assert all(same(a, b) for a, b in zip(alone, together, strict=True))
-    assert shared.cache.num_free == shared.cache.num_pages
+    assert shared.scheduler.pool.num_free == shared.cache.num_pages
 
 
 def test_pages_of_earlier_requests_do_not_leak_into_later_ones(model: LanguageModel) -> None:
     requests = mixed_requests()
-    first = engine(model)
+    first = engine(model, prefix_cache=False)
     expected = first.generate(requests)
     first.cache.k.fill_(float("nan"))
     first.cache.v.fill_(float("nan"))
@@ -118,7 +124,7 @@ def test_an_interrupted_call_frees_its_pages(model: LanguageModel) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         interrupted.generate(mixed_requests(), on_token=stop)
-    assert interrupted.cache.num_free == interrupted.cache.num_pages
+    assert interrupted.scheduler.pool.num_free == interrupted.cache.num_pages
 
 
 @pytest.mark.parametrize(
@@ -129,7 +135,7 @@ def test_an_interrupted_call_frees_its_pages(model: LanguageModel) -> None:
         (Request([-1]), "prompt tokens"),
         (Request([1] * 500, sampling=SamplingParams(max_tokens=20)), "positions"),
         (Request([1] * 250, sampling=SamplingParams(max_tokens=20)), "cache"),
-        (Request([1], slot=1), "no modulation"),
+        (Request([1], UserWeights.of_row(torch.zeros(3))), "no modulation"),
         (Request([1], forced_tokens=[]), "forced_tokens"),
         (Request([1], forced_tokens=[10**6]), "forced tokens"),
     ],
@@ -181,7 +187,8 @@ class _Recomputed:
 def bucketed(engine: Engine, capture: Callable[..., Any]) -> CudaStepGraph:
     runner = engine.runner
     inputs = {"tokens": runner._inputs.per_token, "sequences": runner._inputs.per_sequence}
-    capacity = {"tokens": engine.max_batch_tokens, "sequences": engine.max_batch_size}
+    scheduler = engine.scheduler
+    capacity = {"tokens": scheduler.max_tokens, "sequences": scheduler.max_streams}
     return CudaStepGraph(
         lambda rows: runner._step(rows["tokens"], rows["sequences"]), inputs, capacity, capture
     )
@@ -212,17 +219,3 @@ def test_a_step_that_cannot_be_captured_runs_eagerly(model: LanguageModel) -> No
     other.runner._graph = bucketed(other, capture)
     assert all(same(a, b) for a, b in zip(other.generate(mixed_requests()), expected, strict=True))
     assert other.runner.eager_reason == "the GPU says no"
-
-
-def test_page_accounting(model: LanguageModel) -> None:
-    cache = KVCache(model.decoder.config, 5, 4, torch.float32, torch.device("cpu"))
-    pages = cache.allocate(9)
-    assert pages is not None
-    assert len(pages) == 3
-    assert cache.allocate(9) is None
-    assert cache.num_free == 2
-    cache.free(pages)
-    with pytest.raises(ValueError, match="twice"):
-        cache.free(pages[:1])
-    with pytest.raises(ValueError, match="not all in"):
-        cache.free([7])

@@ -1,0 +1,122 @@
+"""Who is known: names, choices, latents, and the weights they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..conditioning.checkpoint import Choice, Conditioning
+from ..conditioning.user_weights import UserWeights
+from ..errors import InputError
+from ..models.language_model import LanguageModel
+
+# A name, shares of several names, weights themselves, or None for the base model's.
+WhoseWeights = str | Mapping[str, float] | UserWeights | None
+
+
+@dataclass(frozen=True)
+class User:
+    """Somebody known. A change makes another `User`; requests keep the weights they came with."""
+
+    name: str
+    choices: tuple[Choice, ...]
+    latent: torch.Tensor
+    weights: UserWeights
+
+
+class Users:
+    """Users of one conditioned model, by name."""
+
+    def __init__(self, model: LanguageModel, conditioning: Conditioning | None) -> None:
+        self._model = model
+        self._conditioning = conditioning
+        self._users: dict[str, User] = {}
+
+    def __len__(self) -> int:
+        return len(self._users)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._users)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._users
+
+    def __getitem__(self, name: str) -> User:
+        """The user of that name; InputError if there is none."""
+        user = self._users.get(name)
+        if user is None:
+            raise InputError(f"user {name!r} is not known")
+        return user
+
+    def infer(self, name: str, choices: Sequence[Choice | tuple[str, str, str]]) -> User:
+        """Know a user by a few choices (prompt, chosen, rejected), instead of what was known.
+
+        Raises:
+            InputError: no name, or a choice between an option and itself.
+        """
+        conditioning = self._need()
+        if not name:
+            raise InputError("a user needs a name, got an empty one")
+        checked = tuple(_choice(number, choice) for number, choice in enumerate(choices))
+        return self._keep(name, checked, conditioning.infer(self._model, checked))
+
+    def add_choices(self, name: str, choices: Sequence[Choice | tuple[str, str, str]]) -> User:
+        """Know a user better: what they chose before and these."""
+        return self.infer(name, (*self[name].choices, *choices))
+
+    def set_latent(self, name: str, latent: torch.Tensor) -> User:
+        """Know a user by a latent ``z [Z]`` and no choices.
+
+        Raises:
+            InputError: NaN or infinity, or the wrong length.
+        """
+        self._need()
+        return self._keep(name, (), latent)
+
+    def delete(self, name: str) -> None:
+        """Know a user no more. Requests in flight end with the weights they came with.
+
+        Raises:
+            InputError: there is none of that name.
+        """
+        del self._users[self[name].name]
+
+    def weights(self, whose: WhoseWeights) -> UserWeights | None:
+        """The weights of a name or a mixture of names; None for nobody's.
+
+        Raises:
+            InputError: an unknown name, or a mixture of nobody or with a share that is not finite.
+        """
+        if whose is None or isinstance(whose, UserWeights):
+            return whose
+        if isinstance(whose, str):
+            return self[whose].weights
+        parts = [(share, self[name].latent) for name, share in whose.items()]
+        return self._need().blend(parts)
+
+    def _need(self) -> Conditioning:
+        if self._conditioning is None:
+            raise InputError(
+                f"no conditioning is loaded for {self._model.name!r}, so nobody can be steered; "
+                "train one with `fssa train policy`"
+            )
+        return self._conditioning
+
+    def _keep(self, name: str, choices: tuple[Choice, ...], latent: torch.Tensor) -> User:
+        user = User(name, choices, latent, self._need().blend([(1.0, latent)]))
+        self._users[name] = user
+        return user
+
+
+def _choice(number: int, choice: Choice | tuple[str, str, str]) -> Choice:
+    try:
+        prompt, chosen, rejected = choice
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"choice {number}: expected (prompt, chosen, rejected), got {choice!r}"
+        ) from error
+    if chosen == rejected:
+        raise InputError(f"choice {number}: chosen and rejected are the same")
+    return Choice(prompt, chosen, rejected)

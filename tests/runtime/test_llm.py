@@ -1,0 +1,147 @@
+"""The offline interface: users by name, mixtures, several answers, errors that cost nothing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fssa_runtime import LLM, Choice, SamplingParams
+from fssa_runtime.errors import InputError
+from fssa_runtime.models.language_model import LanguageModel
+
+from .conditioned import CHOICES, LATENT_DIM, random_conditioning, small_model
+
+PROMPTS = ["Why?", "What is a cat?", "Tell me of the sea."]
+GREEDY = SamplingParams(max_tokens=6)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
+    return small_model(tmp_path_factory.mktemp("llm") / "model")
+
+
+@pytest.fixture
+def llm(model: LanguageModel) -> LLM:
+    made = LLM(model, random_conditioning(model, "gated"))
+    for seed, name in enumerate(("ana", "ben")):
+        generator = torch.Generator().manual_seed(seed)
+        made.users.set_latent(name, torch.randn(LATENT_DIM, generator=generator))
+    return made
+
+
+def logprobs(llm: LLM, user: object, prompt: str = PROMPTS[0]) -> list[float]:
+    (output,) = llm.generate([prompt], user, GREEDY, progress=False)  # type: ignore[arg-type]
+    return output.answers[0].logprobs
+
+
+def test_outputs_are_in_the_order_of_the_prompts(llm: LLM) -> None:
+    people = ["ana", None, {"ana": 0.5, "ben": 0.5}]
+    outputs = llm.generate(PROMPTS, people, GREEDY, progress=False)
+    assert [output.prompt for output in outputs] == PROMPTS
+    for output, user in zip(outputs, people, strict=True):
+        (alone,) = llm.generate([output.prompt], [user], GREEDY, progress=False)
+        assert alone == output
+        assert output.text == llm.model.decode(output.answers[0].tokens)
+
+
+def test_a_mixture_goes_from_nobody_through_one_to_the_other(llm: LLM) -> None:
+    assert logprobs(llm, {"ana": 1.0}) == logprobs(llm, "ana")
+    nothing = llm.generate([PROMPTS[0]], [{"ana": 0.0}], GREEDY, progress=False)[0].answers[0]
+    nobody = llm.generate([PROMPTS[0]], None, GREEDY, progress=False)[0].answers[0]
+    assert nothing == nobody
+    weights = llm.users.weights({"ana": 0.7, "ben": 0.3})
+    assert weights is not None
+    assert llm.conditioning is not None
+    z = 0.7 * llm.users["ana"].latent + 0.3 * llm.users["ben"].latent
+    torch.testing.assert_close(weights.make_row(), llm.conditioning.row(z))
+    assert weights.fingerprint != llm.users["ana"].weights.fingerprint
+
+
+def test_a_user_is_inferred_learns_and_is_forgotten(llm: LLM) -> None:
+    first = llm.users.infer("cy", CHOICES[:1])
+    told = logprobs(llm, "cy")
+    more = llm.users.add_choices("cy", CHOICES[1:])
+    assert more.choices == CHOICES
+    assert more.weights.fingerprint != first.weights.fingerprint
+    assert logprobs(llm, "cy") != told
+    assert logprobs(llm, first.weights) == told  # who holds the old weights keeps them
+    at_once = llm.users.infer("dan", CHOICES)
+    torch.testing.assert_close(at_once.latent, more.latent)
+    assert at_once.weights.fingerprint == more.weights.fingerprint
+    assert list(llm.users) == ["ana", "ben", "cy", "dan"]
+    llm.users.delete("cy")
+    assert "cy" not in llm.users
+    with pytest.raises(InputError, match="user 'cy' is not known"):
+        logprobs(llm, "cy")
+
+
+def test_several_answers(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=6, temperature=1.0, seed=1)
+    (output,) = llm.generate([PROMPTS[0]], "ana", params, n=3, progress=False)
+    assert len(output.answers) == 3
+    assert len({answer.text for answer in output.answers}) > 1
+    (single,) = llm.generate([PROMPTS[0]], "ana", params, progress=False)
+    assert single.answers[0] == output.answers[0]
+
+
+def test_sampling_for_each_prompt(llm: LLM) -> None:
+    lengths = [2, 4, 3]
+    outputs = llm.generate(
+        PROMPTS, "ben", [SamplingParams(max_tokens=n) for n in lengths], progress=False
+    )
+    assert [len(output.answers[0].tokens) for output in outputs] == lengths
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(users="eve"), "user 'eve' is not known"),
+        (dict(users={"ana": 0.5, "eve": 0.5}), "user 'eve' is not known"),
+        (dict(users={}), "expected at least one, got none"),
+        (dict(users={"ana": float("nan")}), "share of a user: expected a finite number"),
+        (dict(users=["ana"]), "users: expected one for all or 3"),
+        (dict(sampling=[GREEDY]), "sampling: expected one for all or 3"),
+        (dict(n=0), "n must be at least 1"),
+        (dict(sampling=SamplingParams(max_tokens=600)), "request 0: prompt and answer need"),
+    ],
+)
+def test_what_cannot_be_served_is_said_before_anything_runs(
+    llm: LLM, arguments: dict, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        llm.generate(PROMPTS, **arguments, progress=False)
+    assert len(llm.engine) == 0
+    assert logprobs(llm, "ana")
+
+
+@pytest.mark.parametrize(
+    ("name", "choices", "message"),
+    [
+        ("", CHOICES, "a user needs a name"),
+        ("eve", [("Why?", "Because.", "Because.")], "choice 0: chosen and rejected are the same"),
+        ("eve", [CHOICES[0], ("Why?", "Because.")], "choice 1: expected .prompt, chosen, rejected"),
+        ("eve", [7], "choice 0: expected"),
+    ],
+)
+def test_bad_choices_store_nothing(llm: LLM, name: str, choices: list, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        llm.users.infer(name, choices)
+    assert name not in llm.users
+
+
+def test_without_a_conditioning_nobody_can_be_steered(model: LanguageModel) -> None:
+    plain = LLM(model)
+    assert plain.generate(["Why?"], sampling=GREEDY, progress=False)[0].answers
+    with pytest.raises(InputError, match="nobody can be steered"):
+        plain.users.infer("ana", [Choice("a", "b", "c")])
+
+
+def test_the_package_loads_nothing_heavy_before_it_is_asked_to() -> None:
+    code = (
+        "import sys, fssa_runtime; assert 'torch' not in sys.modules; "
+        "fssa_runtime.LLM; assert 'torch' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
