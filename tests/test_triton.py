@@ -1,25 +1,19 @@
-"""The kernels' tests in Triton's interpreter, which has to be switched on before Triton loads."""
+"""The kernels' tests in Triton's interpreter, which has to be switched on before Triton loads.
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
+They take minutes and one core, so their process is started with the session (`conftest`) and runs
+beside the other tests; here its end is waited for.
+"""
 
 import pytest
 
+from tests.conftest import INTERPRETED
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_kernels_in_the_interpreter() -> None:
-    folder = Path(__file__).parent / "triton"
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(folder)]
-    ran = subprocess.run(
-        command,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=folder.parent.parent,
-        capture_output=True,
-        text=True,
-        timeout=880,
-    )
-    print(ran.stdout)
-    assert ran.returncode == 0, ran.stdout[-8000:] + ran.stderr[-2000:]
+
+def test_kernels_in_the_interpreter(request: pytest.FixtureRequest) -> None:
+    process, output = request.config.stash[INTERPRETED]
+    if process is None:
+        pytest.skip("triton is not installed")
+    status = process.wait(timeout=880)
+    printed = output.read_text()
+    print(printed)
+    assert status == 0, printed[-10_000:]
