@@ -208,6 +208,34 @@ def cpu_decode() -> str:
     return "\n".join(lines)
 
 
+def serving() -> str:
+    """Throughput with everything waiting, and times to tokens under a load."""
+    result = read("serving.json")
+    if result is None:
+        return NOT_MEASURED
+    columns = ("ttft_ms_p50", "ttft_ms_p95", "itl_ms_p50", "itl_ms_p95")
+    lines = [
+        "| | tokens/s, all waiting | first token, ms (p50, p95) | then, ms (p50, p95) |",
+        "|---|---|---|---|",
+    ]
+    for side, runs in result["closed"].items():
+        cells = [f"{statistics.median(run['tokens_per_s'] for run in runs):.0f}"]
+        served = result["open"].get(side)
+        if served is None:
+            cells += ["", ""]
+        else:
+            a, b, c, d = (statistics.median(run[name] for run in served) for name in columns)
+            cells += [f"{a:.0f}, {b:.0f}", f"{c:.1f}, {d:.1f}"]
+        lines.append(f"| {side} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"All distinct ÷ base only {result['all_distinct_over_base']:.3f}, in a batch ÷ one at a "
+        f"time {result['batched_over_one_at_a_time']:.2f}, both taken round by round; the load of "
+        f"the last two columns is {result['rate']:.1f} requests a second.",
+    ]
+    return "\n".join(lines)
+
+
 def gpu() -> str:
     """The targets for a GPU, a table for every device that has run the suite; or one without."""
     runs = sorted(RESULTS.parent.glob("*/gpu_suite/results.json"))
@@ -231,6 +259,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "swap_test": swap_test,
     "cpu_decode": cpu_decode,
     "gpu": gpu,
+    "serving": serving,
     "synthetic": synthetic,
     "implicit_reward": implicit_reward,
 }
