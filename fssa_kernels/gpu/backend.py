@@ -5,6 +5,7 @@ Kernels run on a GPU, or on the CPU in Triton's interpreter (``TRITON_INTERPRET=
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -75,11 +76,17 @@ def _unavailable(tensor: Any) -> str | None:
         return f"the kernels run on NVIDIA GPUs, not on {tensor.device}"
     if where == "cpu" and not is_interpreting():
         return "the tensors are on the CPU, the kernels run on a GPU"
-    if importlib.util.find_spec("triton") is None:
+    if not _installed():
         return "triton is not installed (pip install 'fssa[gpu]')"
     if where == "meta" and not _collecting():
         return "the tensors are on meta, which has no memory"
     return None
+
+
+@functools.cache
+def _installed() -> bool:
+    """Asked once: looking for a package that is not there costs a search of the path."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def is_interpreting() -> bool:

@@ -171,7 +171,8 @@ class Engine:
         """Compute one step; the tokens it chose, and answers that ended without one.
 
         Raises:
-            Whatever the step raises; the requests in it are as they were before.
+            Whatever the step raises. Nothing was told of it; what its requests had reserved is
+            free again once they are aborted.
         """
         plan = self.scheduler.plan(self._clock())
         tokens = [
@@ -225,16 +226,15 @@ class Engine:
         Raises:
             InputError: a request that can never run, found before any has.
         """
-        for index, request in enumerate(requests):
-            try:
-                self._check(request)
-                self.scheduler.check_stream(self._answer(-1, request, 0, parent=None).stream)
-            except InputError as error:
-                raise InputError(f"request {index}: {error}") from error
-        indices = {self.add(request): index for index, request in enumerate(requests)}
+        indices: dict[int, int] = {}
         done = [[Completion([], [], "length") for _ in range(r.n)] for r in requests]
         left = sum(request.n for request in requests)
         try:
+            for index, request in enumerate(requests):
+                try:
+                    indices[self.add(request)] = index
+                except InputError as error:
+                    raise InputError(f"request {index}: {error}") from error
             while left:
                 for event in self.step():
                     if event.request not in indices:  # somebody else's

@@ -141,8 +141,11 @@ def test_an_interrupted_call_frees_its_pages(model: LanguageModel) -> None:
     ],
 )
 def test_requests_that_can_never_run(model: LanguageModel, request_: Request, message: str) -> None:
+    refusing = engine(model)
     with pytest.raises(InputError, match=message):
-        engine(model).generate([Request([1]), request_])
+        refusing.generate([Request([1]), request_])
+    assert len(refusing) == 0
+    assert refusing.scheduler.pool.num_free == refusing.cache.num_pages
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,9 @@ def modulated_linear(
     grad an epilogue is composed after the op, so that its input need not be computed twice.
 
     Deterministic. With the native backend a row's result is bitwise the same whatever rows share
-    the batch; the reference calls torch's matrix product, which promises no such thing.
+    the batch; with the triton backend, in every batch that is served in the same configuration
+    (`triton_config`: the heuristic's changes once, where the vendor's product takes over); the
+    reference calls torch's matrix product, which promises no such thing.
 
     Raises TypeError for a non-tensor or a wrong dtype; ValueError for a wrong shape, device,
     family, epilogue or backend, splits that do not sum to N, missing or superfluous tensors, and
