@@ -28,12 +28,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.modulated import LATENT_DIM, RANK, random_modulator
 from benchmarks.peers.client import FOLDER, Peer, available
 from fssa_kernels import PackArena
 from fssa_kernels.native import NATIVE
-from fssa_runtime.conditioning.layout import ModulatorConfig
 from fssa_runtime.conditioning.merge import merged, reference_answer_logprobs
-from fssa_runtime.conditioning.modulator import Modulator
 from fssa_runtime.conditioning.table import ModulationTable
 from fssa_runtime.conditioning.user_weights import UserWeights
 from fssa_runtime.engine.engine import Engine
@@ -43,8 +42,6 @@ from fssa_runtime.request import Completion, Request, SamplingParams
 from fssa_runtime.threads import set_threads
 
 OURS = ("base only", "one user", "all distinct")
-SITES = ("q", "k", "v", "o", "gate", "up", "down")
-RANK = 16
 PEERS = {
     "llama.cpp": ("llama_cpp",),
     "vllm": ("vllm", "vllm_lora"),
@@ -59,22 +56,9 @@ class Ours:
 
     def __init__(self, model: LanguageModel, max_batch: int, prefill_tokens: int) -> None:
         self.model = model
-        config = ModulatorConfig.model_validate(
-            {
-                "latent_dim": 16,
-                "families": [{"family": "gated", "sites": SITES, "rank": RANK}],
-            }
-        )
-        torch.manual_seed(0)
-        self.modulator = Modulator(config, model.decoder.config)
-        with torch.no_grad():
-            for parameter in self.modulator.lora_b.values():
-                parameter.normal_(std=0.02)
-            # What is served is bf16; the same numbers go into the merged weights of the gate.
-            for parameter in self.modulator.parameters():
-                parameter.copy_(parameter.bfloat16())
+        self.modulator = random_modulator(model.decoder.config)
         self.table = ModulationTable(self.modulator.layout, max_batch)
-        latents = torch.randn(max_batch, 16, generator=torch.Generator().manual_seed(1))
+        latents = torch.randn(max_batch, LATENT_DIM, generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
             self.users = [UserWeights.of_row(row) for row in self.modulator.rows(latents)]
         nobody = torch.zeros(0, dtype=torch.int32)

@@ -26,9 +26,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.cpu_decode import RANK, SITES, machine
-from fssa_runtime.conditioning.layout import ModulatorConfig
-from fssa_runtime.conditioning.modulator import Modulator
+from benchmarks.cpu_decode import machine
+from benchmarks.modulated import LATENT_DIM, random_modulator
 from fssa_runtime.conditioning.table import ModulationTable
 from fssa_runtime.conditioning.user_weights import UserWeights
 from fssa_runtime.engine.engine import Engine
@@ -75,17 +74,7 @@ class Server:
 
     def __init__(self, model: LanguageModel, options: argparse.Namespace) -> None:
         self.model, self.options = model, options
-        config = ModulatorConfig.model_validate(
-            {
-                "latent_dim": 16,
-                "families": [{"family": "gated", "sites": SITES, "rank": RANK}],
-            }
-        )
-        torch.manual_seed(0)
-        self.modulator = Modulator(config, model.decoder.config)
-        with torch.no_grad():
-            for parameter in self.modulator.lora_b.values():
-                parameter.normal_(std=0.02)
+        self.modulator = random_modulator(model.decoder.config)
         self._people: dict[int, UserWeights] = {}
 
     def engine(self, side: str, *, prefix_cache: bool) -> Engine:
@@ -108,7 +97,7 @@ class Server:
         if number not in self._people:
             generator = torch.Generator().manual_seed(number)
             with torch.no_grad():
-                row = self.modulator.rows(torch.randn(1, 16, generator=generator))[0]
+                row = self.modulator.rows(torch.randn(1, LATENT_DIM, generator=generator))[0]
             self._people[number] = UserWeights.of_row(row)
         return self._people[number]
 
