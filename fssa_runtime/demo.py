@@ -146,12 +146,11 @@ def _together(
     console: Console,
 ) -> tuple[list[Completion], float]:
     with Progress(console=console, transient=True) as progress:
-        total = sampling.max_tokens * len(rows)
-        task = progress.add_task(f"one batch, {len(rows)} rows", total=total)
+        task = progress.add_task(f"one batch, {len(rows)} rows", total=len(rows))
         start = time.perf_counter()
         completions = llm.run(
             [llm.request(prompt, row, sampling) for row in rows],
-            on_token=lambda _row, _token: progress.advance(task),
+            on_finish=lambda _row, _completion: progress.advance(task),
         )
         return completions, time.perf_counter() - start
 

@@ -16,7 +16,8 @@ from .conditioning.user_weights import UserWeights
 from .engine.engine import Engine
 from .errors import InputError
 from .models.language_model import Content, LanguageModel
-from .request import GREEDY, Completion, FinishReason, Request, SamplingParams
+from .request import Completion, Request
+from .sampling import SamplingParams
 from .users.registry import Users, WhoseWeights
 
 # One for all prompts, or one for each.
@@ -24,21 +25,11 @@ OneOrEach = WhoseWeights | Sequence[WhoseWeights]
 
 
 @dataclass(frozen=True)
-class Answer:
-    """One answer: its text, tokens, their log-probabilities in nats, and why it ended."""
-
-    text: str
-    tokens: list[int]
-    logprobs: list[float]
-    finish_reason: FinishReason
-
-
-@dataclass(frozen=True)
 class Output:
     """What was written to one prompt; ``text`` is the first answer's."""
 
     prompt: Content
-    answers: list[Answer]
+    answers: list[Completion]
 
     @property
     def text(self) -> str:
@@ -65,6 +56,7 @@ class LLM:
 
     Attributes:
         users: everybody known, by name; see `Users`.
+        served_by: the `AsyncEngine` whose thread runs the engine, if one does; then only it may.
 
     Raises:
         InputError: no such model or checkpoint, or one that does not fit the other.
@@ -91,7 +83,8 @@ class LLM:
             conditioning = load_conditioning(Path(conditioning), model.decoder, model.fingerprint)
         self.model = model
         self.conditioning = conditioning
-        self.users = Users(model, conditioning)
+        self.users = Users(model, conditioning, forget=lambda gone: self.engine.forget(gone))
+        self.served_by: object = None
         decoder = model.decoder
         modulation = table = None
         if conditioning is not None:
@@ -105,19 +98,29 @@ class LLM:
             model.stop_tokens,
             modulation,
             table,
+            tokenizer=model.copy_tokenizer(),
             max_batch_size=max_batch_size,
             max_batch_tokens=max_batch_tokens,
             max_kv_tokens=max_kv_tokens,
             prefix_cache=prefix_cache,
         )
 
+    @property
+    def default_sampling(self) -> SamplingParams:
+        """What the model's ``generation_config.json`` recommends; greedy if it says nothing.
+
+        ``dataclasses.replace(llm.default_sampling, max_tokens=500)`` changes a part of it.
+        """
+        return self.model.default_sampling
+
     def generate(
         self,
         prompts: Sequence[Content],
         users: OneOrEach = None,
-        sampling: SamplingParams | Sequence[SamplingParams] = GREEDY,
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         n: int = 1,
+        best_of: int | None = None,
         progress: bool = True,
     ) -> list[Output]:
         """Answer prompts (text, or chat messages), all in one stream of batches.
@@ -125,8 +128,9 @@ class LLM:
         Args:
             users: whose weights write: a name, a mixture ``{"ana": 0.7, "ben": 0.3}``, weights, or
                 None for the base model's; one for all prompts or a list with one for each.
-            sampling: one for all prompts or one for each.
+            sampling: one for all prompts or one for each; None is `default_sampling`.
             n: answers to each prompt.
+            best_of: answers that are written to each, of which the n likeliest are returned.
             progress: show a bar, if standard error is a terminal.
 
         Raises:
@@ -136,25 +140,16 @@ class LLM:
         whose = _for_each("users", users, len(prompts), str | Mapping | UserWeights)
         how = _for_each("sampling", sampling, len(prompts), SamplingParams)
         requests = [
-            Request(self.model.chat_tokens(prompt), self.users.weights(user), params, n=n)
+            self.request(prompt, user, params, n=n, best_of=best_of)
             for prompt, user, params in zip(prompts, whose, how, strict=True)
         ]
-        total = sum(params.max_tokens for params in how) * n
+        num_answers = sum(request.num_answers for request in requests)
         with Progress(transient=True, disable=not progress) as bar:
-            task = bar.add_task(f"{len(prompts)} prompts", total=total)
-            completions = self.engine.generate_all(
-                requests, on_token=lambda _request, _token: bar.advance(task)
+            task = bar.add_task(f"{len(prompts)} prompts", total=num_answers)
+            completions = self._engine().generate_all(
+                requests, on_finish=lambda _request, _answer, _completion: bar.advance(task)
             )
-        return [
-            Output(
-                prompt,
-                [
-                    Answer(self.model.decode(c.tokens), c.tokens, c.logprobs, c.finish_reason)
-                    for c in answers
-                ],
-            )
-            for prompt, answers in zip(prompts, completions, strict=True)
-        ]
+        return [Output(*pair) for pair in zip(prompts, completions, strict=True)]
 
     def run(
         self,
@@ -164,18 +159,36 @@ class LLM:
         on_finish: Callable[[int, Completion], None] | None = None,
     ) -> list[Completion]:
         """Answer requests in tokens; see `Engine.generate`."""
-        return self.engine.generate(requests, on_token=on_token, on_finish=on_finish)
+        return self._engine().generate(requests, on_token=on_token, on_finish=on_finish)
+
+    def _engine(self) -> Engine:
+        if self.served_by is not None:
+            raise InputError("an AsyncEngine runs this model's engine: ask it, or close it first")
+        return self.engine
 
     def request(
         self,
         prompt: Content,
         user: WhoseWeights = None,
-        sampling: SamplingParams = GREEDY,
+        sampling: SamplingParams | None = None,
         forced_tokens: Sequence[int] | None = None,
+        *,
+        n: int = 1,
+        best_of: int | None = None,
+        priority: int = 0,
+        timeout: float | None = None,
     ) -> Request:
-        """A prompt as a request in tokens; ``forced_tokens`` as in `Request`."""
-        tokens = self.model.chat_tokens(prompt)
-        return Request(tokens, self.users.weights(user), sampling, forced_tokens)
+        """A prompt as a request in tokens; what the rest means stands in `Request`."""
+        return Request(
+            self.model.chat_tokens(prompt),
+            self.users.weights(user),
+            self.default_sampling if sampling is None else sampling,
+            forced_tokens,
+            n=n,
+            best_of=best_of,
+            priority=priority,
+            timeout=timeout,
+        )
 
 
 def _for_each(name: str, given: object, count: int, single: object) -> list:
@@ -187,4 +200,4 @@ def _for_each(name: str, given: object, count: int, single: object) -> list:
     return list(given)
 
 
-__all__ = ["LLM", "Answer", "Choice", "Output", "SamplingParams"]
+__all__ = ["LLM", "Choice", "Output", "SamplingParams"]

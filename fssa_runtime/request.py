@@ -5,47 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from .conditioning.user_weights import UserWeights
 from .errors import InputError
+from .sampling import GREEDY, SamplingParams
 
-FinishReason = Literal["stop", "length", "deadline"]
+# stop: a stop token or string, or a grammar's end; length: as many tokens as were asked for;
+# deadline: its time was over; error: it could not go on, see `Token.error`.
+FinishReason = Literal["stop", "length", "deadline", "error"]
 
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How tokens are chosen; what the numbers do is written in `fssa_kernels.sample`.
-
-    ``temperature=0`` is greedy; ``top_k=0``, ``top_p=1`` and ``min_p=0`` are off.
-
-    ``seed`` makes a sampled answer repeatable, whatever else is in the batch.
-
-    Raises:
-        InputError: a value out of range, named.
-    """
-
-    max_tokens: int = 128
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise InputError(f"max_tokens must be at least 1, got {self.max_tokens}")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise InputError(f"temperature must be finite and >= 0, got {self.temperature}")
-        if self.top_k < 0:
-            raise InputError(f"top_k must be >= 0 (0 is off), got {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"top_p must be in (0, 1], got {self.top_p}")
-        if not 0 <= self.min_p <= 1:
-            raise InputError(f"min_p must be in [0, 1], got {self.min_p}")
-
-
-GREEDY = SamplingParams()
+MAX_ANSWERS = 128
 
 
 @dataclass(frozen=True)
@@ -56,11 +26,14 @@ class Request:
         user: whose weights write the answer; None for the base model's.
         forced_tokens: written instead of choosing, through the same prefill and decode steps: that
             is how log-probabilities of one text are compared between batches.
-        n: answers to write, which share the prompt's keys and values.
+        n: answers that are wanted; they share the prompt's keys and values.
+        best_of: answers that are written, of which the n likeliest are kept: those with the
+            largest mean log-probability of a token. None writes n.
         priority: larger goes first. timeout: seconds after which it is no longer wanted, or None.
 
     Raises:
-        InputError: n below 1, or a timeout that is not positive.
+        InputError: n below 1, best_of below n, more than `MAX_ANSWERS`, or a timeout that is not
+            positive.
     """
 
     prompt_tokens: Sequence[int]
@@ -68,21 +41,92 @@ class Request:
     sampling: SamplingParams = GREEDY
     forced_tokens: Sequence[int] | None = None
     n: int = 1
+    best_of: int | None = None
     priority: int = 0
     timeout: float | None = None
 
     def __post_init__(self) -> None:
-        if self.n < 1:
-            raise InputError(f"n must be at least 1, got {self.n}")
+        if not 1 <= self.n <= MAX_ANSWERS:
+            raise InputError(f"n must be at least 1 and at most {MAX_ANSWERS}, got {self.n}")
+        if self.best_of is not None and not self.n <= self.best_of <= MAX_ANSWERS:
+            raise InputError(
+                f"best_of must be at least n = {self.n} and at most {MAX_ANSWERS}, "
+                f"got {self.best_of}"
+            )
         if self.timeout is not None and not self.timeout > 0:
             raise InputError(f"timeout must be positive, got {self.timeout}")
+
+    @property
+    def num_answers(self) -> int:
+        """Answers that are written."""
+        return self.n if self.best_of is None else self.best_of
+
+
+class PromptToken(NamedTuple):
+    """A token of the prompt, its log-probability in nats after those before it (None for the
+    first), and the likeliest tokens there with theirs, the likeliest first."""
+
+    token: int
+    logprob: float | None
+    top: dict[int, float]
+
+
+class Token(NamedTuple):
+    """A token chosen for an answer, or the end of one without a token.
+
+    ``request`` is what `Engine.add` returned, ``answer`` which of its answers; ``token`` is -1 and
+    ``logprob`` 0 where an answer ends without one. ``finish_reason`` is None while it goes on.
+    ``text`` is what is now certain to come next in the answer's text: it may lag behind the tokens
+    while a character is not complete or a stop string might have begun; the last event has all that
+    is left. ``top`` holds the likeliest tokens, if they were asked for, and ``prompt`` the prompt's
+    scores, once, with the first token of the first answer. ``error`` says what is wrong where the
+    reason is "error".
+    """
+
+    request: int
+    answer: int
+    token: int
+    logprob: float
+    finish_reason: FinishReason | None
+    text: str = ""
+    top: dict[int, float] | None = None
+    prompt: list[PromptToken] | None = None
+    error: str | None = None
 
 
 @dataclass(frozen=True)
 class Completion:
-    """An answer: its tokens (a stop token included), their log-probabilities in nats, and why it
-    ended."""
+    """An answer.
+
+    Attributes:
+        tokens: with the stop token, if one ended it. logprobs: theirs, in nats.
+        text: theirs, without stop tokens and strings; empty if the engine has no tokenizer.
+        finish_reason: why it ended. error: what is wrong, if that is "error".
+        top_logprobs: for each token the likeliest and their log-probabilities, if asked for.
+        prompt_logprobs: scores of the prompt, if asked for.
+    """
 
     tokens: list[int]
     logprobs: list[float]
     finish_reason: FinishReason
+    text: str = ""
+    top_logprobs: list[dict[int, float]] | None = None
+    prompt_logprobs: list[PromptToken] | None = None
+    error: str | None = None
+
+    @property
+    def mean_logprob(self) -> float:
+        """Of a token, nats; what answers are compared by. Nothing is worse than no token."""
+        return sum(self.logprobs) / len(self.logprobs) if self.logprobs else -math.inf
+
+
+__all__ = [
+    "GREEDY",
+    "MAX_ANSWERS",
+    "Completion",
+    "FinishReason",
+    "PromptToken",
+    "Request",
+    "SamplingParams",
+    "Token",
+]

@@ -32,10 +32,12 @@ def test_the_op_snippet_runs() -> None:
 
 
 @pytest.mark.real_model
-def test_the_model_snippet_runs(real_model_name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    (snippet,) = [s for s in SNIPPETS if real_model_name in s]
-    exec(snippet.replace("max_tokens=64", "max_tokens=12"), {})
-    assert len(capsys.readouterr().out.split()) > 4
+def test_the_model_snippets_run(real_model_name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    snippets = [s for s in SNIPPETS if real_model_name in s]
+    assert len(snippets) == 2
+    for snippet in snippets:
+        exec(snippet.replace("max_tokens=64", "max_tokens=12"), {})
+        assert len(capsys.readouterr().out.split()) > 4
 
 
 def test_links_and_paths_exist() -> None:

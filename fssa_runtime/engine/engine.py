@@ -8,52 +8,30 @@ prompt in pieces, single tokens and several answers to one prompt share a step. 
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
+from ..completions import Gathering
 from ..conditioning.modulation import Modulation
 from ..conditioning.table import ModulationTable
+from ..conditioning.user_weights import UserWeights
 from ..errors import InputError
 from ..models.decoder import Decoder
-from ..request import Completion, FinishReason, Request
+from ..request import Completion, FinishReason, Request, Token
+from .answer import Answer
+from .edits import Edits
+from .grammar import Grammars
 from .kv_cache import KVCache
 from .page_pool import PagePool
-from .runner import Runner
+from .runner import Chosen, Runner
 from .scheduler import Piece, Plan, Scheduler
 from .slots import SlotCache, require_slots
-from .step_inputs import Row
 from .stream import Stream
-
-
-class Token(NamedTuple):
-    """A token chosen for an answer, or the end of one without a token.
-
-    ``request`` is what `Engine.add` returned, ``answer`` which of its answers; ``token`` is -1 and
-    ``logprob`` 0 where an answer ends without one. ``finish_reason`` is None while it goes on.
-    """
-
-    request: int
-    answer: int
-    token: int
-    logprob: float
-    finish_reason: FinishReason | None
-
-
-@dataclass(eq=False)
-class _Answer:
-    """One answer being written."""
-
-    request: int
-    index: int
-    asked: Request
-    stream: Stream
-    draws: random.Random
-    slot: int | None = None  # while it runs
+from .text import TextStream
 
 
 @dataclass(eq=False)
@@ -61,7 +39,7 @@ class _InFlight:
     """A request and those of its answers that are not finished."""
 
     asked: Request
-    answers: dict[int, _Answer] = field(default_factory=dict)
+    answers: dict[int, Answer] = field(default_factory=dict)
 
 
 class Engine:
@@ -74,6 +52,8 @@ class Engine:
         modulation: what slots refer to, bound to the rows of ``table``; None if nobody is
             modulated.
         table: rows of users, at least one for each of a batch.
+        tokenizer: of the `tokenizers` library; without one there is no text, and requests with
+            stop strings or a grammar are refused.
         max_batch_size: answers of one step at most.
         max_batch_tokens: tokens of one step at most; longer prompts are computed in pieces.
         max_kv_tokens: tokens the key-value cache holds.
@@ -91,6 +71,7 @@ class Engine:
         modulation: Modulation | None = None,
         table: ModulationTable | None = None,
         *,
+        tokenizer: Any = None,
         max_batch_size: int = 32,
         max_batch_tokens: int = 512,
         max_kv_tokens: int = 16384,
@@ -133,14 +114,22 @@ class Engine:
             max_tokens=max_batch_tokens,
             max_sequences=max_batch_size,
         )
+        self._tokenizer = tokenizer
+        self._grammars: Grammars | None = None
+        if tokenizer is not None:
+            self._grammars = Grammars(tokenizer, decoder.config.vocab_size, stop_tokens)
         self._clock = clock
         self._in_flight: dict[int, _InFlight] = {}
-        self._answers: dict[Stream, _Answer] = {}
+        self._answers: dict[Stream, Answer] = {}
         self._next_request = 0
 
     def __len__(self) -> int:
         """Requests that are not finished."""
         return len(self._in_flight)
+
+    def __contains__(self, number: object) -> bool:
+        """Whether the request of this number is not finished."""
+        return number in self._in_flight
 
     def add(self, request: Request) -> int:
         """Let a request wait for its turn; a number to know it by.
@@ -148,7 +137,7 @@ class Engine:
         Raises:
             InputError: it can never run; nothing is kept of it.
         """
-        self._check(request)
+        self._check_values(request)
         number = self._next_request
         answer = self._answer(number, request, 0, parent=None)
         self.scheduler.add(answer.stream)
@@ -156,6 +145,14 @@ class Engine:
         self._in_flight[number] = _InFlight(request, {0: answer})
         self._answers[answer.stream] = answer
         return number
+
+    def check(self, request: Request) -> None:
+        """Raise InputError if a request could never run. Its grammar is compiled by this.
+
+        May be called by other threads while a step runs, so that a grammar holds nobody up.
+        """
+        self._check_values(request)
+        self.scheduler.check_stream(self._stream(request, parent=None))
 
     def abort(self, number: int) -> bool:
         """Drop a request, its pages and its slot; False if it is finished or unknown."""
@@ -165,6 +162,11 @@ class Engine:
         for answer in list(request.answers.values()):
             self._drop(answer)
         return True
+
+    def forget(self, user: UserWeights) -> None:
+        """Clear the row of weights that are wanted no more, if no request refers to them."""
+        if self.slots is not None:
+            self.slots.forget(user)
 
     @torch.inference_mode()
     def step(self) -> list[Token]:
@@ -183,8 +185,9 @@ class Engine:
         if plan.pieces:
             chosen = self._run(plan)
             self.scheduler.computed(plan)
-            for piece, token, logprob in chosen:
-                tokens.append(self._publish(self._answers[piece.stream], token, logprob))
+            for piece, result in chosen:
+                if piece.writes:
+                    tokens.append(self._publish(self._answers[piece.stream], result))
         if self.debug:
             self._account()
         return tokens
@@ -226,137 +229,180 @@ class Engine:
         Raises:
             InputError: a request that can never run, found before any has.
         """
-        indices: dict[int, int] = {}
-        done = [[Completion([], [], "length") for _ in range(r.n)] for r in requests]
-        left = sum(request.n for request in requests)
+        numbers: dict[int, int] = {}
+        gathered = [Gathering(request) for request in requests]
+        num_left = len(requests)
         try:
             for index, request in enumerate(requests):
                 try:
-                    indices[self.add(request)] = index
+                    numbers[self.add(request)] = index
                 except InputError as error:
                     raise InputError(f"request {index}: {error}") from error
-            while left:
+            while num_left:
                 for event in self.step():
-                    if event.request not in indices:  # somebody else's
+                    if event.request not in numbers:  # somebody else's
                         continue
-                    index = indices[event.request]
-                    completion = done[index][event.answer]
-                    if event.token >= 0:
-                        completion.tokens.append(event.token)
-                        completion.logprobs.append(event.logprob)
-                        if on_token is not None:
-                            on_token(index, event.token)
-                    if event.finish_reason is not None:
-                        completion = replace(completion, finish_reason=event.finish_reason)
-                        done[index][event.answer] = completion
-                        left -= 1
-                        if on_finish is not None:
-                            on_finish(index, event.answer, completion)
+                    index = numbers[event.request]
+                    gathering = gathered[index]
+                    gathering.take(event)
+                    num_left -= gathering.done
+                    if on_token is not None and event.token >= 0:
+                        on_token(index, event.token)
+                    if on_finish is not None and event.finish_reason is not None:
+                        on_finish(index, event.answer, gathering.completion(event.answer))
         finally:
-            for number in indices:  # an exception or an interrupt: no page is lost
+            for number in numbers:  # an exception or an interrupt: no page is lost
                 self.abort(number)
-        return done
+        return [gathering.completions() for gathering in gathered]
 
-    def _check(self, request: Request) -> None:
+    def _check_values(self, request: Request) -> None:
         vocab_size = self.decoder.config.vocab_size
-        if not all(0 <= token < vocab_size for token in request.prompt_tokens):
-            raise InputError(f"prompt tokens must be in 0..{vocab_size - 1}")
-        if request.forced_tokens is not None:
-            if not request.forced_tokens:
-                raise InputError("forced_tokens must be None or hold at least one token")
-            if not all(0 <= token < vocab_size for token in request.forced_tokens):
-                raise InputError(f"forced tokens must be in 0..{vocab_size - 1}")
+        sampling = request.sampling
+        for name, tokens in (
+            ("prompt tokens", request.prompt_tokens),
+            ("forced tokens", request.forced_tokens or ()),
+            ("tokens of logit_bias", sampling.logit_bias),
+            ("stop_token_ids", sampling.stop_token_ids),
+        ):
+            if not all(0 <= token < vocab_size for token in tokens):
+                raise InputError(f"{name} must be in 0..{vocab_size - 1}")
+        if request.forced_tokens is not None and not request.forced_tokens:
+            raise InputError("forced_tokens must be None or hold at least one token")
         if request.user is not None:
             if self.slots is None:
                 raise InputError("the request is a user's, but the engine has no modulation")
             self.slots.check_weights(request.user)
+        if self._grammars is None and (sampling.stop or sampling.grammar):
+            raise InputError("stop strings and grammars need an engine with a tokenizer")
+        if self._grammars is not None and sampling.grammar is not None:
+            self._grammars.matcher(sampling.grammar)
 
-    def _answer(self, number: int, request: Request, index: int, parent: Stream | None) -> _Answer:
-        seed = request.sampling.seed
-        stream = Stream(
+    def _answer(self, number: int, request: Request, index: int, parent: Stream | None) -> Answer:
+        sampling = request.sampling
+        stop_tokens = frozenset(sampling.stop_token_ids)
+        if not sampling.ignore_eos:
+            stop_tokens |= self.stop_tokens
+        edits = text = None
+        if request.forced_tokens is not None:
+            stop_tokens = frozenset()
+        elif sampling.edits_logits:
+            matcher = None
+            if self._grammars is not None and sampling.grammar is not None:
+                matcher = self._grammars.matcher(sampling.grammar)
+            edits = Edits(sampling, request.prompt_tokens, stop_tokens, matcher)
+        if self._tokenizer is not None:
+            text = TextStream(self._tokenizer, sampling.stop)
+        stream = self._stream(request, parent)
+        return Answer(number, index, request, stream, stop_tokens, edits, text)
+
+    def _stream(self, request: Request, parent: Stream | None) -> Stream:
+        return Stream(
             request.prompt_tokens,
-            _max_new(request),
+            self._max_new(request),
             fingerprint=b"" if request.user is None else request.user.fingerprint,
             user=None if request.user is None else request.user.fingerprint,
             priority=request.priority,
             deadline=None if request.timeout is None else self._clock() + request.timeout,
             parent=parent,
+            # Scores of cached tokens are not kept: their logits are made again.
+            finds=request.sampling.prompt_logprobs is None,
         )
-        # Answers of one request differ, whatever its seed.
-        draws = random.Random(seed if index == 0 or seed is None else f"{seed} {index}")
-        return _Answer(number, index, request, stream, draws)
 
-    def _run(self, plan: Plan) -> list[tuple[Piece, int, float]]:
-        """Compute the plan's step; (piece, token, log-probability) where a token was chosen."""
+    def _max_new(self, request: Request) -> int:
+        if request.forced_tokens is not None:
+            return len(request.forced_tokens)
+        if request.sampling.max_tokens is not None:
+            return request.sampling.max_tokens
+        # As many as fit; the last token is written but never computed.
+        room = min(
+            self.decoder.config.max_positions, self.cache.num_pages * self.cache.page_size + 1
+        )
+        return max(1, room - len(request.prompt_tokens))
+
+    def _run(self, plan: Plan) -> list[tuple[Piece, Chosen]]:
+        """Compute the plan's step; for every piece what was chosen after its last token."""
         self.cache.copy(plan.copies)
-        rows = [self._row(piece) for piece in plan.pieces]
-        tokens, logprobs = self.runner.run(rows)
-        return [
-            (piece, token, logprob)
-            for piece, token, logprob in zip(plan.pieces, tokens, logprobs, strict=True)
-            if piece.writes
-        ]
+        rows = []
+        for piece in plan.pieces:
+            answer = self._answers[piece.stream]
+            if answer.slot is None:
+                user = answer.asked.user
+                answer.slot = 0
+                if user is not None and self.slots is not None:
+                    answer.slot = self.slots.acquire(user)
+            rows.append(answer.row(piece))
+        results = self.runner.run(rows)
+        for piece, result in zip(plan.pieces, results, strict=True):
+            if result.scores is not None:
+                self._answers[piece.stream].take_scores(piece, result.scores)
+        return list(zip(plan.pieces, results, strict=True))
 
-    def _row(self, piece: Piece) -> Row:
-        stream = piece.stream
-        answer = self._answers[stream]
-        if answer.slot is None:
-            user = answer.asked.user
-            answer.slot = 0
-            if user is not None and self.slots is not None:
-                answer.slot = self.slots.acquire(user)
-        forced, uniform = -1, 0.0
-        if piece.writes and answer.asked.forced_tokens is not None:
-            forced = answer.asked.forced_tokens[len(stream.written)]
-        elif piece.writes and answer.asked.sampling.temperature > 0:
-            uniform = answer.draws.random()
-        start = stream.num_computed
-        return Row(
-            stream.tokens(start, start + piece.count),
-            start,
-            stream.pages,
-            answer.slot,
-            answer.asked.sampling,
-            # In float32 a number just below 1 would become 1, which no sum passes.
-            min(uniform, 1 - 2**-24),
-            forced,
-        )
-
-    def _publish(self, answer: _Answer, token: int, logprob: float) -> Token:
+    def _publish(self, answer: Answer, chosen: Chosen) -> Token:
         """Add a token to an answer, and end it if that was the last."""
-        request, stream = answer.asked, answer.stream
+        sampling, stream, token = answer.asked.sampling, answer.stream, chosen.token
+        if chosen.logprob != chosen.logprob:
+            return self._fail(answer, "the model's log-probabilities are not numbers")
+        prompt = answer.prompt_scores()
         stream.written.append(token)
         if answer.index == 0 and len(stream.written) == 1:
             self._fork(answer)
+        if answer.edits is not None:
+            answer.edits.accept(token)
+            if answer.edits.error is not None:
+                return self._fail(answer, answer.edits.error)
+        may_stop = len(stream.written) >= sampling.min_tokens
         reason: FinishReason | None = None
-        if request.forced_tokens is None and token in self.stop_tokens:
+        text = ""
+        if token in answer.stop_tokens and may_stop:
             reason = "stop"
-        elif len(stream.written) == stream.max_tokens:
+        elif answer.text is not None:
+            text = answer.text.push(token, may_stop=may_stop)
+            if answer.text.stopped:
+                reason = "stop"
+        if reason is None and answer.edits is not None and answer.edits.at_end:
+            reason = "stop"
+        if reason is None and len(stream.written) == stream.max_tokens:
             reason = "length"
         if reason is not None:
-            self._drop(answer)
-        return Token(answer.request, answer.index, token, logprob, reason)
+            text += self._drop(answer)
+        return Token(
+            answer.request,
+            answer.index,
+            token,
+            chosen.logprob,
+            reason,
+            text,
+            chosen.top,
+            prompt,
+        )
 
-    def _fork(self, first: _Answer) -> None:
+    def _fork(self, first: Answer) -> None:
         """The prompt is computed: the other answers begin, on the same pages."""
-        for index in range(1, first.asked.n):
+        for index in range(1, first.asked.num_answers):
             answer = self._answer(first.request, first.asked, index, parent=first.stream)
             answer.stream.deadline = first.stream.deadline
             self.scheduler.add(answer.stream)
             self._in_flight[first.request].answers[index] = answer
             self._answers[answer.stream] = answer
 
-    def _end(self, answer: _Answer, reason: FinishReason) -> list[Token]:
+    def _fail(self, answer: Answer, error: str) -> Token:
+        """End an answer that cannot go on; the others of its request go on, or fail themselves."""
+        if answer.index == 0 and not answer.stream.written:
+            self._fork(answer)
+        text = self._drop(answer)
+        return Token(answer.request, answer.index, -1, 0.0, "error", text, error=error)
+
+    def _end(self, answer: Answer, reason: FinishReason) -> list[Token]:
         """End an answer without a token, and those that were to begin when its prompt is read."""
-        self._drop(answer)
         unread = answer.index == 0 and not answer.stream.written
-        count = answer.asked.n if unread else 1
+        text = self._drop(answer)
         return [
-            Token(answer.request, answer.index + extra, -1, 0.0, reason) for extra in range(count)
+            Token(answer.request, answer.index + extra, -1, 0.0, reason, text)
+            for extra in range(answer.asked.num_answers if unread else 1)
         ]
 
-    def _drop(self, answer: _Answer) -> None:
-        """An answer is over: its pages and its slot go back."""
+    def _drop(self, answer: Answer) -> str:
+        """An answer is over: its pages and its slot go back. What is left of its text."""
         self.scheduler.remove(answer.stream)
         self._give_back_slot(answer)
         del self._answers[answer.stream]
@@ -364,8 +410,9 @@ class Engine:
         del request.answers[answer.index]
         if not request.answers:
             del self._in_flight[answer.request]
+        return "" if answer.text is None else answer.text.finish()
 
-    def _give_back_slot(self, answer: _Answer) -> None:
+    def _give_back_slot(self, answer: Answer) -> None:
         if answer.slot and answer.asked.user is not None and self.slots is not None:
             self.slots.release(answer.asked.user)
         answer.slot = None
@@ -376,9 +423,3 @@ class Engine:
         self.cache.poison(self.scheduler.pool.unused())
         if self.slots is not None:
             self.slots.check()
-
-
-def _max_new(request: Request) -> int:
-    if request.forced_tokens is not None:
-        return len(request.forced_tokens)
-    return request.sampling.max_tokens

@@ -7,7 +7,8 @@ recorded the same function runs eagerly on the filled part of the buffers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -17,11 +18,33 @@ from fssa_kernels.native import RecordingError
 from ..conditioning.modulation import Modulation
 from ..models.attention import PagedAttention
 from ..models.decoder import Decoder
+from ..request import PromptToken
 from .kv_cache import KVCache
-from .step_inputs import Row, StepInputs
+from .step_inputs import DRAWS, Row, StepInputs
 
 # Steps of more tokens are not captured as CUDA graphs.
 _MAX_GRAPH_TOKENS = 256
+# Rows of logits that are made at a time where every token of a prompt is scored.
+_SCORED_ROWS = 64
+
+
+class Chosen(NamedTuple):
+    """What a step gave one row: a token, its log-probability in nats, the likeliest tokens and the
+    scores of its own tokens where they were asked for."""
+
+    token: int
+    logprob: float
+    top: dict[int, float] | None = None
+    scores: list[PromptToken] | None = None
+
+
+class _Computed(NamedTuple):
+    """Results of a step, by row of the static buffers: the first ones count."""
+
+    tokens: torch.Tensor
+    logprobs: torch.Tensor
+    logits: torch.Tensor  # of every sequence's newest token
+    hidden: torch.Tensor  # of every token
 
 
 class Runner:
@@ -66,17 +89,76 @@ class Runner:
         except RecordingError as error:
             self.eager_reason = str(error)
 
-    def run(self, rows: Sequence[Row]) -> tuple[list[int], list[float]]:
-        """The next token of every row and its log-probability, nats.
+    def run(self, rows: Sequence[Row]) -> list[Chosen]:
+        """The next token of every row.
+
+        Rows that ask for no more than that cost no more: what edits logits or reports more of them
+        works on its own rows, after the step.
 
         Raises:
             ValueError: on a CPU, a slot, page or position out of range, before anything is written.
         """
         num_tokens, num_sequences = self._inputs.fill(rows)
-        tokens, logprobs = self._compute(num_tokens, num_sequences)
-        return tokens[:num_sequences].tolist(), logprobs[:num_sequences].tolist()
+        computed = self._compute(num_tokens, num_sequences)
+        edited = [index for index, row in enumerate(rows) if row.edits is not None]
+        if edited:
+            self._choose_anew(computed, rows, edited)
+        chosen = [
+            Chosen(token, logprob)
+            for token, logprob in zip(
+                computed.tokens[:num_sequences].tolist(),
+                computed.logprobs[:num_sequences].tolist(),
+                strict=True,
+            )
+        ]
+        end = 0
+        for index, row in enumerate(rows):
+            start, end = end, end + len(row.tokens)
+            if row.num_top:
+                one = slice(index, index + 1)
+                (top,) = _likeliest(
+                    computed.logits[one], computed.tokens[one], computed.logprobs[one], row.num_top
+                )
+                chosen[index] = chosen[index]._replace(top=top)
+            if row.scored:
+                scores = self._score(computed.hidden[start:end], row.scored, row.num_scored_top)
+                chosen[index] = chosen[index]._replace(scores=scores)
+        return chosen
 
-    def _compute(self, num_tokens: int, num_sequences: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _choose_anew(self, computed: _Computed, rows: Sequence[Row], edited: list[int]) -> None:
+        """Choose the tokens of some rows from edited logits, in place of those chosen."""
+        index = torch.tensor(edited, device=computed.logits.device)
+        model_logits = computed.logits[index]
+        logits = model_logits.to(torch.float32, copy=True)
+        for row_logits, row in zip(logits, (rows[i] for i in edited), strict=True):
+            assert row.edits is not None
+            row.edits.apply(row_logits)
+        draws = {name: self._inputs.per_sequence[name][index] for name in DRAWS}
+        tokens, _ = _draw(logits, draws)
+        # The same operator gives the probability that the model itself gave the token.
+        _, logprobs = _draw(model_logits, {**draws, "forced": tokens})
+        computed.tokens[index] = tokens
+        computed.logprobs[index] = logprobs
+
+    def _score(
+        self, hidden: torch.Tensor, targets: Sequence[int], num_top: int
+    ) -> list[PromptToken]:
+        """Scores of the tokens that follow the first ``len(targets)`` rows of ``hidden [T,C]``."""
+        scores: list[PromptToken] = []
+        for start in range(0, len(targets), _SCORED_ROWS):
+            follow = targets[start : start + _SCORED_ROWS]
+            logits = self.decoder.logits(hidden[start : start + len(follow)])
+            zeros = logits.new_zeros(len(follow), dtype=torch.float32)
+            none = zeros.int()
+            forced = torch.tensor(follow, dtype=torch.int32, device=logits.device)
+            _, logprobs = sample(logits, zeros, none, zeros + 1, zeros, zeros, forced)
+            tops: list[dict[int, float]] = [{}] * len(follow)
+            if num_top:
+                tops = _likeliest(logits, forced, logprobs, num_top)
+            scores += map(PromptToken, follow, logprobs.tolist(), tops)
+        return scores
+
+    def _compute(self, num_tokens: int, num_sequences: int) -> _Computed:
         # Long prompts are limited by arithmetic, not by Python, and graphs of many lengths by
         # memory; on a CPU a recording serves every length.
         short = num_tokens <= _MAX_GRAPH_TOKENS or self.decoder.device.type == "cpu"
@@ -96,7 +178,7 @@ class Runner:
         self,
         per_token: dict[str, torch.Tensor],
         per_sequence: dict[str, torch.Tensor],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> _Computed:
         attention = PagedAttention(
             self.cache.k,
             self.cache.v,
@@ -110,12 +192,30 @@ class Runner:
             modulation = modulation.with_slots(per_token["slots"])
         hidden = self.decoder(per_token["tokens"], per_token["positions"], attention, modulation)
         logits = self.decoder.logits(take_rows(hidden, per_sequence["last"]))
-        return sample(
-            logits,
-            per_sequence["temperature"],
-            per_sequence["top_k"],
-            per_sequence["top_p"],
-            per_sequence["min_p"],
-            per_sequence["uniform"],
-            per_sequence["forced"],
-        )
+        tokens, logprobs = _draw(logits, per_sequence)
+        return _Computed(tokens, logprobs, logits, hidden)
+
+
+def _draw(
+    logits: torch.Tensor, draws: Mapping[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(token, its log-probability) of every row, by the rows' own settings."""
+    temperature, top_k, top_p, min_p, uniform, forced = (draws[name] for name in DRAWS)
+    return sample(logits, temperature, top_k, top_p, min_p, uniform, forced)
+
+
+def _likeliest(
+    logits: torch.Tensor, tokens: torch.Tensor, logprobs: torch.Tensor, count: int
+) -> list[dict[int, float]]:
+    """Of every row ``[V]`` the likeliest tokens with their log-probabilities, nats.
+
+    ``logprobs [B]`` of ``tokens [B]`` are known: a token's own is that and the difference of the
+    logits, so that what is said twice is the same twice.
+    """
+    values, likeliest = logits.topk(min(count, logits.shape[-1]), -1)
+    known = logits.gather(-1, tokens.long()[:, None])
+    result = (logprobs.double()[:, None] + (values.double() - known.double())).float()
+    return [
+        dict(zip(*row, strict=True))
+        for row in zip(likeliest.tolist(), result.tolist(), strict=True)
+    ]

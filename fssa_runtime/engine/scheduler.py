@@ -260,7 +260,7 @@ class Scheduler:
             stream.num_computed = shared
             stream.keys = list(parent.keys[: shared // size])
             return 0
-        if self.reuse:
+        if self.reuse and stream.finds:
             keys = self._keys(stream, stream.num_tokens - 1)
             stream.pages = self.pool.find(keys)
             stream.num_computed = len(stream.pages) * size

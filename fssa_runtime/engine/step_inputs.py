@@ -14,6 +14,7 @@ from itertools import accumulate
 import torch
 
 from ..request import SamplingParams
+from .edits import Edits
 
 _PER_TOKEN = ("tokens", "positions", "slots", "kv_slots")
 _PER_SEQUENCE = {
@@ -26,6 +27,8 @@ _PER_SEQUENCE = {
     "uniform": torch.float32,
     "forced": torch.int32,
 }
+# Those that say how a token is chosen: the arguments of `fssa_kernels.sample`, in its order.
+DRAWS = ("temperature", "top_k", "top_p", "min_p", "uniform", "forced")
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,10 @@ class Row:
     """One request's part of a step: its newest tokens, whose keys go into its pages.
 
     ``position`` is that of the first of ``tokens``. ``uniform`` in [0, 1) decides a draw;
-    ``forced`` is a token to take instead of choosing, or -1.
+    ``forced`` is a token to take instead of choosing, or -1. ``edits`` changes the logits before
+    a token is chosen. ``num_top`` asks for so many of the likeliest tokens. ``scored`` are the
+    tokens that follow the first ``len(scored)`` of ``tokens`` and whose log-probabilities are
+    wanted, each with ``num_scored_top`` of the likeliest.
     """
 
     tokens: Sequence[int]
@@ -43,6 +49,10 @@ class Row:
     sampling: SamplingParams
     uniform: float = 0.0
     forced: int = -1
+    edits: Edits | None = None
+    num_top: int = 0
+    scored: Sequence[int] = ()
+    num_scored_top: int = 0
 
 
 class StepInputs:

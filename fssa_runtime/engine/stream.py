@@ -25,6 +25,7 @@ class Stream:
         max_tokens: written at most.
         priority: larger goes first. deadline: when it is no longer wanted, on the caller's clock.
         parent: another answer to the same prompt; while that runs, its pages serve this one too.
+        finds: whether it may begin with pages that others computed.
         pages, keys: its pages in order, and what the full ones hold.
         num_cached: tokens of the prompt that were found computed when it was last admitted.
         num_preempted: how often it lost its pages.
@@ -37,6 +38,7 @@ class Stream:
     priority: int = 0
     deadline: float | None = None
     parent: Stream | None = None
+    finds: bool = True
     written: list[int] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
     keys: list[Key] = field(default_factory=list)

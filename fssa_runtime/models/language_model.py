@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 import torch
 
 from ..errors import InputError
+from ..sampling import GREEDY, SamplingParams, from_generation_config
 from .config import decoder_config
 from .decoder import Decoder
 from .pull import CATALOGUE, pull, pulled_folder
@@ -30,6 +33,7 @@ class LanguageModel:
         folder: where its files lie.
         fingerprint: of the weights; a conditioning checkpoint names the base it was made for by it.
         stop_tokens: tokens that end an answer.
+        default_sampling: what its ``generation_config.json`` recommends.
     """
 
     name: str
@@ -38,6 +42,7 @@ class LanguageModel:
     tokenizer: Any
     fingerprint: str
     stop_tokens: frozenset[int]
+    default_sampling: SamplingParams = GREEDY
 
     @classmethod
     def load(
@@ -63,8 +68,15 @@ class LanguageModel:
         hf = _read_hf_config(folder)
         decoder, fingerprint = load_decoder(decoder_config(hf), folder, dtype, device)
         tokenizer = _read_tokenizer(folder)
-        stops = _stop_tokens(folder, hf, tokenizer)
-        return cls(name, folder, decoder, tokenizer, fingerprint, stops)
+        generation = _read_generation_config(folder)
+        stops = _stop_tokens(folder, hf, tokenizer, generation)
+        defaults = from_generation_config(generation)
+        return cls(name, folder, decoder, tokenizer, fingerprint, stops, defaults)
+
+    def copy_tokenizer(self) -> Any:
+        """A copy of the `tokenizers` object behind ``tokenizer``, for another thread to decode
+        with: the one behind changes its settings when it encodes."""
+        return copy.deepcopy(self.tokenizer.backend_tokenizer)
 
     def chat_tokens(self, prompt: Content) -> list[int]:
         """Tokens of a prompt (text is one user message) up to where the answer begins."""
@@ -170,19 +182,40 @@ def _read_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # tokenizers' own errors share no base class
         raise InputError(f"{folder}: the tokenizer cannot be read: {error}") from error
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise InputError(
+            f"{folder}: expected a tokenizer of the tokenizers library (tokenizer.json), "
+            f"got {type(tokenizer).__name__}"
+        )
+    return tokenizer
 
 
-def _stop_tokens(folder: Path, hf: Any, tokenizer: Any) -> frozenset[int]:
+def _read_generation_config(folder: Path) -> dict[str, Any]:
+    """What ``generation_config.json`` says itself, without anybody's defaults."""
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return {}
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{file} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{file}: expected an object, got {type(config).__name__}")
+    return config
+
+
+def _stop_tokens(
+    folder: Path, hf: Any, tokenizer: Any, generation: Mapping[str, Any]
+) -> frozenset[int]:
     stops: set[int] = set()
-    found: list[Any] = [getattr(hf, "eos_token_id", None), tokenizer.eos_token_id]
-    if (folder / "generation_config.json").is_file():
-        from transformers import GenerationConfig
-
-        found.append(GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id)
-    for value in found:
+    for value in (
+        getattr(hf, "eos_token_id", None),
+        tokenizer.eos_token_id,
+        generation.get("eos_token_id"),
+    ):
         stops.update(value if isinstance(value, list) else [] if value is None else [value])
     if not stops:
         raise InputError(f"{folder}: no end-of-text token in config or tokenizer")

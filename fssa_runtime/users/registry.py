@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,11 +27,22 @@ class User:
 
 
 class Users:
-    """Users of one conditioned model, by name."""
+    """Users of one conditioned model, by name.
 
-    def __init__(self, model: LanguageModel, conditioning: Conditioning | None) -> None:
+    Args:
+        forget: called with the weights of a user who is deleted.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        conditioning: Conditioning | None,
+        *,
+        forget: Callable[[UserWeights], None] = lambda _weights: None,
+    ) -> None:
         self._model = model
         self._conditioning = conditioning
+        self._forget = forget
         self._users: dict[str, User] = {}
 
     def __len__(self) -> int:
@@ -78,10 +89,15 @@ class Users:
     def delete(self, name: str) -> None:
         """Know a user no more. Requests in flight end with the weights they came with.
 
+        Choices, latent and the row of the table are gone, and what was cached of their texts cannot
+        be found again but by the very same weights.
+
         Raises:
             InputError: there is none of that name.
         """
-        del self._users[self[name].name]
+        user = self[name]
+        del self._users[name]
+        self._forget(user.weights)
 
     def weights(self, whose: WhoseWeights) -> UserWeights | None:
         """The weights of a name or a mixture of names; None for nobody's.

@@ -77,7 +77,7 @@ def write_model(folder: Path, name: str = "llama", *, seed: int = 0, shards: int
             parameter.data += 0.2 * torch.randn_like(parameter)
     size = "5GB" if shards == 1 else f"{model.num_parameters() * 4 // shards // 1000}KB"
     model.save_pretrained(folder, max_shard_size=size)
-    _tokenizer().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
     return folder
 
 
@@ -89,7 +89,7 @@ def reference_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     return loaded.eval()
 
 
-def _tokenizer() -> Any:
+def byte_tokenizer() -> Any:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {symbol: index for index, symbol in enumerate(alphabet)}
     for index in range(256, VOCAB_SIZE):

@@ -14,9 +14,9 @@ import torch
 
 from fssa_runtime.conditioning.table import ModulationTable
 from fssa_runtime.conditioning.user_weights import UserWeights
-from fssa_runtime.engine.engine import Engine, Token
+from fssa_runtime.engine.engine import Engine
 from fssa_runtime.models.language_model import LanguageModel
-from fssa_runtime.request import Request, SamplingParams
+from fssa_runtime.request import PromptToken, Request, SamplingParams, Token
 
 from .conditioned import random_conditioning, small_model
 
@@ -48,7 +48,15 @@ class World:
         table = ModulationTable(self.modulator.layout, slots)
         nobody = torch.zeros(0, dtype=torch.int32)
         modulation = self.modulator.bind(table.rows, nobody, dtype=self.model.decoder.dtype)
-        return Engine(self.model.decoder, frozenset({257}), modulation, table, debug=True, **limits)
+        return Engine(
+            self.model.decoder,
+            frozenset({257}),
+            modulation,
+            table,
+            tokenizer=self.model.copy_tokenizer(),
+            debug=True,
+            **limits,
+        )
 
 
 @dataclass
@@ -57,6 +65,9 @@ class Heard:
 
     request: Request
     answers: dict[int, Answer] = field(default_factory=dict)
+    tops: dict[int, list[dict[int, float]]] = field(default_factory=dict)
+    texts: dict[int, str] = field(default_factory=dict)
+    prompt: list[PromptToken] | None = None
     ended: dict[int, str] = field(default_factory=dict)
 
     def hear(self, event: Token) -> None:
@@ -64,6 +75,11 @@ class Heard:
         if event.token >= 0:
             tokens.append(event.token)
             logprobs.append(event.logprob)
+        if event.top is not None:
+            self.tops.setdefault(event.answer, []).append(event.top)
+        if event.prompt is not None:
+            self.prompt = event.prompt
+        self.texts[event.answer] = self.texts.get(event.answer, "") + event.text
         if event.finish_reason is not None:
             self.ended[event.answer] = event.finish_reason
 
@@ -81,13 +97,25 @@ def any_request(world: World, people: list[UserWeights | None], draw: random.Ran
     # Few different beginnings, so that prompts of several users agree for some pages.
     start = [draw.randrange(3)] * draw.choice([0, 4, 9, 16])
     prompt = start + [draw.randrange(256) for _ in range(draw.randint(1, 9))]
+    wishes: dict = draw.choice(
+        [
+            {},
+            {},
+            {"repetition_penalty": 1.4, "presence_penalty": 0.5, "frequency_penalty": 0.2},
+            {"logit_bias": {draw.randrange(256): 9.0, draw.randrange(256): -9.0}},
+            {"stop": [chr(draw.randrange(97, 123))], "top_logprobs": 3},
+            {"stop_token_ids": list(range(0, 256, 16)), "min_tokens": 1, "prompt_logprobs": 1},
+            {"regex": "[a-z]{2}( [0-9]{1,4})*"},
+        ]
+    )
     return Request(
         prompt,
         draw.choice(people),
         SamplingParams(
-            max_tokens=draw.randint(1, 12),
+            max_tokens=draw.randint(1, 16),
             temperature=draw.choice([0.0, 1.0]),
             seed=draw.randrange(1000),
+            **wishes,
         ),
         n=draw.choice([1, 1, 1, 3]),
         priority=draw.choice([0, 0, 1]),
@@ -148,7 +176,7 @@ def test_canaries(family: str, model: LanguageModel) -> None:
             assert crowd.slots is not None
             crowd.slots.forget(user)
             counts["deleted"] += 1
-        if draw.random() < 0.002:
+        if draw.random() < 0.005:
             # As after loading other weights: nothing that was computed may be used again.
             crowd.scheduler.pool.forget_all()
             counts["reload"] += 1
@@ -174,12 +202,16 @@ def test_canaries(family: str, model: LanguageModel) -> None:
         )
         for index, (tokens, logprobs) in told.answers.items():
             right_tokens, right_logprobs = expected.answers[index]
-            if told.ended[index] == "deadline":
-                right_tokens, right_logprobs = (
-                    part[: len(tokens)] for part in (right_tokens, right_logprobs)
-                )
-            assert tokens == right_tokens
-            assert logprobs == right_logprobs  # the same bits
+            count = len(tokens)
+            if told.ended[index] != "deadline":
+                assert count == len(right_tokens)
+                assert told.ended[index] == expected.ended[index]
+                assert told.texts[index] == expected.texts[index]
+            assert tokens == right_tokens[:count]
+            assert logprobs == right_logprobs[:count]  # the same bits
+            assert told.tops.get(index, []) == expected.tops.get(index, [])[:count]
+            if count:
+                assert told.prompt == expected.prompt
 
 
 def cached_tokens(engine: Engine, request: Request) -> tuple[int, Heard]:

@@ -1,0 +1,328 @@
+"""The engine for asynchronous callers: answers as they are written, from one thread that steps.
+
+The thread owns the engine. Callers leave it messages, which it reads between two steps, and it
+sends what a step gave to their event loops. So a caller never waits for a step, a step never waits
+for a caller, and nothing but those messages is shared.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import TypeVar
+
+import torch
+
+from .answer_stream import AnswerStream, Ticket
+from .conditioning.checkpoint import Choice
+from .errors import EngineError, InputError, OverloadedError
+from .llm import LLM, Output
+from .models.language_model import Content
+from .request import Request, Token
+from .sampling import SamplingParams
+from .users.registry import User, WhoseWeights
+
+T = TypeVar("T")
+
+
+class AsyncEngine:
+    """Serves an `LLM` to asynchronous callers.
+
+        async with AsyncEngine(LLM("smollm2-135m-instruct")) as engine:
+            await engine.infer("ana", [Choice("What is bread?", "Baked dough.", "Bread is …")])
+            async for part in engine.stream("How do magnets work?", user="ana"):
+                print(part.text, end="", flush=True)
+
+    Args:
+        llm: the model, its users and its engine; as long as this one is open nobody else may run
+            that engine.
+        max_requests: in flight at most, waiting ones included; more are refused.
+
+    Methods may be called from any number of event loops.
+    """
+
+    def __init__(self, llm: LLM, *, max_requests: int = 4096) -> None:
+        if max_requests < 1:
+            raise ValueError(f"max_requests: expected at least 1, got {max_requests}")
+        if llm.served_by is not None:
+            raise InputError("an AsyncEngine runs this model's engine already")
+        llm.served_by = self
+        self.llm = llm
+        self.max_requests = max_requests
+        self._live: set[Ticket] = set()
+        self._ids: set[str] = set()
+        # Of the two above; entered again where a stream is collected inside.
+        self._lock = threading.RLock()
+        self._running: dict[int, Ticket] = {}  # the thread's own
+        self._messages: list[Callable[[], None]] = []
+        self._wake = threading.Condition()
+        self._closing = False
+        self._num_threads = torch.get_num_threads()
+        self._thread = threading.Thread(target=self._serve, name="fssa-engine", daemon=True)
+        self._thread.start()
+
+    def __len__(self) -> int:
+        """Requests in flight."""
+        return len(self._live)
+
+    def stream(
+        self,
+        prompt: Content,
+        user: WhoseWeights = None,
+        sampling: SamplingParams | None = None,
+        *,
+        n: int = 1,
+        best_of: int | None = None,
+        priority: int = 0,
+        timeout: float | None = None,
+        request_id: str | None = None,
+    ) -> AnswerStream:
+        """Answer a prompt, part by part; see `LLM.request` and `AnswerStream`.
+
+        With ``best_of`` the parts come at the end, since only then it is known whose they are.
+
+        Raises:
+            InputError: an unknown user, or numbers out of range.
+        """
+        request = self.llm.request(
+            prompt, user, sampling, n=n, best_of=best_of, priority=priority, timeout=timeout
+        )
+        return self.stream_request(request, request_id=request_id)
+
+    def stream_request(self, request: Request, *, request_id: str | None = None) -> AnswerStream:
+        """Answer a request in tokens, part by part.
+
+        ``request_id``: a name of the caller's own, which one request in flight may have at a time.
+        """
+        return AnswerStream(self, request, request_id)
+
+    async def generate(
+        self,
+        prompt: Content,
+        user: WhoseWeights = None,
+        sampling: SamplingParams | None = None,
+        *,
+        n: int = 1,
+        best_of: int | None = None,
+        priority: int = 0,
+        timeout: float | None = None,
+        request_id: str | None = None,
+    ) -> Output:
+        """Answer a prompt; arguments and errors as of `stream` and `AnswerStream.start`."""
+        stream = self.stream(
+            prompt,
+            user,
+            sampling,
+            n=n,
+            best_of=best_of,
+            priority=priority,
+            timeout=timeout,
+            request_id=request_id,
+        )
+        async with stream:
+            async for _ in stream:
+                pass
+        return Output(prompt, stream.completions)
+
+    def abort(self, request_id: str) -> bool:
+        """Drop the request in flight that has this id; False if there is none."""
+        with self._lock:
+            found = [ticket for ticket in list(self._live) if ticket.request_id == request_id]
+        for ticket in found:
+            ticket.fail(EngineError(f"request {request_id!r} was aborted"))
+            self.drop(ticket)
+        return bool(found)
+
+    async def infer(self, name: str, choices: Sequence[Choice | tuple[str, str, str]]) -> User:
+        """As `Users.infer`, between two steps. Requests in flight keep the weights they have."""
+        return await self.call(lambda: self.llm.users.infer(name, choices))
+
+    async def add_choices(
+        self, name: str, choices: Sequence[Choice | tuple[str, str, str]]
+    ) -> User:
+        """As `Users.add_choices`, between two steps."""
+        return await self.call(lambda: self.llm.users.add_choices(name, choices))
+
+    async def set_latent(self, name: str, latent: torch.Tensor) -> User:
+        """As `Users.set_latent`, between two steps."""
+        return await self.call(lambda: self.llm.users.set_latent(name, latent))
+
+    async def delete(self, name: str) -> None:
+        """As `Users.delete`, between two steps."""
+        await self.call(lambda: self.llm.users.delete(name))
+
+    async def call(self, function: Callable[[], T]) -> T:
+        """What ``function()`` returns, called in the engine's thread between two steps.
+
+        Raises:
+            What it raises; EngineError if the engine is closed.
+        """
+        future: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+        def run() -> None:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function())
+                except BaseException as error:
+                    future.set_exception(error)
+
+        self._send(run)
+        return await asyncio.wrap_future(future)
+
+    async def close(self, *, drain: bool = False) -> None:
+        """End the thread; requests in flight are finished first (``drain``) or fail."""
+        await asyncio.to_thread(self._close, drain)
+
+    async def __aenter__(self) -> AsyncEngine:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close(drain=error is None)
+
+    def submit(self, stream: AnswerStream) -> Ticket:
+        """Let a request in, from the event loop that reads it; what `AnswerStream.start` calls."""
+        loop = asyncio.get_running_loop()
+        reader = weakref.ref(stream)
+
+        def tell(method: str, argument: object) -> None:
+            def arrive() -> None:
+                listening = reader()
+                if listening is not None and not listening._over:
+                    getattr(listening, method)(argument)
+
+            try:
+                loop.call_soon_threadsafe(arrive)
+            except RuntimeError:  # the loop is closed: nobody listens any more
+                self.drop(ticket)
+
+        ticket = Ticket(
+            stream.request,
+            stream.request_id,
+            lambda events: tell("_take", events),
+            lambda error: tell("_end", error),
+        )
+        with self._lock:
+            if len(self._live) >= self.max_requests:
+                raise OverloadedError(f"{self.max_requests} requests are in flight already")
+            if ticket.request_id is not None:
+                if ticket.request_id in self._ids:
+                    raise InputError(f"request id {ticket.request_id!r} is in flight already")
+                self._ids.add(ticket.request_id)
+            self._live.add(ticket)
+        try:
+            self._send(lambda: self._add(ticket))
+        except EngineError:
+            self.release(ticket)
+            raise
+        return ticket
+
+    def drop(self, ticket: Ticket) -> None:
+        """From any thread: drop a request."""
+        self.release(ticket)
+        with self._wake:
+            # While it closes, too: nobody should wait for an answer that nobody wants.
+            self._messages.append(lambda: self._end(ticket))
+            self._wake.notify()
+
+    def release(self, ticket: Ticket) -> None:
+        """From any thread: a request is over, its id may be used again."""
+        with self._lock:
+            ticket.ended = True
+            if ticket in self._live:
+                self._live.remove(ticket)
+                if ticket.request_id is not None:
+                    self._ids.remove(ticket.request_id)
+
+    def _send(self, message: Callable[[], None]) -> None:
+        with self._wake:
+            if self._closing:
+                raise EngineError("the engine is closed")
+            self._messages.append(message)
+            self._wake.notify()
+
+    # What follows runs in the engine's thread.
+
+    def _serve(self) -> None:
+        torch.set_num_threads(self._num_threads)  # a new thread does not inherit it
+        engine = self.llm.engine
+        try:
+            while True:
+                with self._wake:
+                    while not (self._messages or len(engine) or self._closing):
+                        self._wake.wait()
+                    messages, self._messages = self._messages, []
+                    if self._closing and not messages and not len(engine):
+                        return
+                for message in messages:
+                    message()
+                if len(engine):
+                    self._step()
+        finally:
+            with self._wake:
+                self._closing = True
+            self._fail_all(EngineError("the engine was closed"))
+
+    def _step(self) -> None:
+        try:
+            events = self.llm.engine.step()
+        except Exception as error:
+            failure = EngineError(f"a step failed: {type(error).__name__}: {error}")
+            failure.__cause__ = error
+            self._fail_all(failure)
+            return
+        heard: dict[int, list[Token]] = {}
+        for event in events:
+            heard.setdefault(event.request, []).append(event)
+        for number, of_request in heard.items():
+            ticket = self._running.get(number)
+            if ticket is not None:
+                ticket.deliver(of_request)
+                if number not in self.llm.engine:
+                    del self._running[number]
+
+    def _add(self, ticket: Ticket) -> None:
+        if ticket.ended:  # aborted before it was added
+            return
+        try:
+            ticket.number = self.llm.engine.add(ticket.request)
+        except Exception as error:
+            ticket.fail(error)
+            return
+        self._running[ticket.number] = ticket
+
+    def _end(self, ticket: Ticket) -> None:
+        if ticket.number is not None and self._running.pop(ticket.number, None) is not None:
+            self.llm.engine.abort(ticket.number)
+
+    def _fail_all(self, error: EngineError) -> None:
+        for number, ticket in self._running.items():
+            self.llm.engine.abort(number)
+            ticket.fail(error)
+        self._running.clear()
+        with self._lock:
+            others = list(self._live)
+        if self._closing:
+            for ticket in others:
+                ticket.fail(error)
+
+    def _close(self, drain: bool) -> None:
+        with self._wake:
+            if not self._closing:
+                if not drain:
+                    self._messages.append(
+                        lambda: self._fail_all(EngineError("the engine was closed"))
+                    )
+                self._closing = True
+                self._wake.notify()
+        self._thread.join()
+        if self.llm.served_by is self:
+            self.llm.served_by = None

@@ -1,0 +1,91 @@
+"""One answer of a request while it is written: what of it is not the scheduler's business."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+from ..request import PromptToken, Request
+from .edits import Edits
+from .scheduler import Piece
+from .step_inputs import Row
+from .stream import Stream
+from .text import TextStream
+
+# In float32 a number just below 1 would become 1, which no sum passes.
+_MAX_UNIFORM = 1 - 2**-24
+
+
+@dataclass(eq=False)
+class Answer:
+    """One answer being written.
+
+    Attributes:
+        request: the engine's number of the request. index: which of its answers this is.
+        stop_tokens: that end it.
+        slot: of its user's weights, while it runs.
+    """
+
+    request: int
+    index: int
+    asked: Request
+    stream: Stream
+    stop_tokens: frozenset[int]
+    edits: Edits | None = None
+    text: TextStream | None = None
+    slot: int | None = None
+    _scores: list[PromptToken] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        seed = self.asked.sampling.seed
+        # Answers of one request differ, whatever its seed.
+        key = seed if self.index == 0 or seed is None else f"{seed} {self.index}"
+        self._draws = random.Random(key)
+
+    def row(self, piece: Piece) -> Row:
+        """Its part of the next step; its slot is known."""
+        assert self.slot is not None
+        stream, sampling = self.stream, self.asked.sampling
+        start = stream.num_computed
+        forced, uniform, edits, num_top = -1, 0.0, None, 0
+        if piece.writes:
+            num_top = sampling.top_logprobs
+            if self.asked.forced_tokens is not None:
+                forced = self.asked.forced_tokens[len(stream.written)]
+            else:
+                edits = self.edits
+                if sampling.temperature > 0:
+                    uniform = min(self._draws.random(), _MAX_UNIFORM)
+        scored: list[int] = []
+        if self._scores_prompt:
+            scored = list(stream.prompt[start + 1 : start + piece.count + 1])
+        return Row(
+            stream.tokens(start, start + piece.count),
+            start,
+            stream.pages,
+            self.slot,
+            sampling,
+            uniform,
+            forced,
+            edits,
+            num_top,
+            scored,
+            sampling.prompt_logprobs or 0,
+        )
+
+    def take_scores(self, piece: Piece, scores: list[PromptToken]) -> None:
+        """Scores of the prompt's tokens that follow those of a piece."""
+        # After a preemption the same are computed again.
+        self._scores[piece.stream.num_computed :] = scores
+
+    def prompt_scores(self) -> list[PromptToken] | None:
+        """Scores of the whole prompt, when its first token is chosen; None if nobody asked."""
+        if not self._scores_prompt:
+            return None
+        first = PromptToken(self.stream.prompt[0], None, {})
+        return [first, *self._scores]
+
+    @property
+    def _scores_prompt(self) -> bool:
+        asked = self.index == 0 and self.asked.sampling.prompt_logprobs is not None
+        return asked and not self.stream.written
