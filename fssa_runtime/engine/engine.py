@@ -31,7 +31,7 @@ from .runner import Chosen, Runner
 from .scheduler import Piece, Plan, Scheduler
 from .slots import SlotCache, require_slots
 from .stream import Stream
-from .text import TextStream
+from .text import Detokenizer
 
 
 @dataclass(eq=False)
@@ -114,9 +114,10 @@ class Engine:
             max_tokens=max_batch_tokens,
             max_sequences=max_batch_size,
         )
-        self._tokenizer = tokenizer
+        self._detokenizer: Detokenizer | None = None
         self._grammars: Grammars | None = None
         if tokenizer is not None:
+            self._detokenizer = Detokenizer(tokenizer)
             self._grammars = Grammars(tokenizer, decoder.config.vocab_size, stop_tokens)
         self._clock = clock
         self._in_flight: dict[int, _InFlight] = {}
@@ -290,8 +291,8 @@ class Engine:
             if self._grammars is not None and sampling.grammar is not None:
                 matcher = self._grammars.matcher(sampling.grammar)
             edits = Edits(sampling, request.prompt_tokens, stop_tokens, matcher)
-        if self._tokenizer is not None:
-            text = TextStream(self._tokenizer, sampling.stop)
+        if self._detokenizer is not None:
+            text = self._detokenizer.stream(sampling.stop)
         stream = self._stream(request, parent)
         return Answer(number, index, request, stream, stop_tokens, edits, text)
 
