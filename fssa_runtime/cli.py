@@ -45,6 +45,8 @@ def _describe(error: Exception) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from .integrations.cli import add_commands
+
     parser = argparse.ArgumentParser(
         prog="fssa",
         description="Few-shot steerable alignment: a different user's weights in every row.",
@@ -64,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_data(commands)
     _add_evaluate(commands)
     _add_plan(commands)
+    add_commands(commands)
     return parser
 
 

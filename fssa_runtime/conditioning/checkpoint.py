@@ -25,9 +25,15 @@ from ..errors import InputError
 from ..files import write_atomically
 from ..models.decoder import Decoder
 from ..models.language_model import Content, LanguageModel
-from .embedding import EmbeddingConfig, embed_options
+from .embedding import (
+    MAX_BATCH_TOKENS,
+    EmbeddingConfig,
+    Steps,
+    embedding_steps,
+    result_of,
+)
 from .encoder import EncoderConfig, PreferenceEncoder
-from .layout import ModulatorConfig
+from .layout import BaseShape, ModulatorConfig
 from .modulator import Modulator
 from .user_weights import UserWeights
 
@@ -63,19 +69,50 @@ class Conditioning:
     base_fingerprint: str
     notes: dict[str, Any] = field(default_factory=dict)
 
-    @torch.no_grad()
     def infer(self, model: LanguageModel, choices: Sequence[Choice]) -> torch.Tensor:
         """The latent ``z [Z]`` of a user who made these choices; none gives the prior.
 
         One forward pass of the base over the options and one of the encoder; no gradient step.
         The mean of q(z | choices) if the encoder is stochastic.
         """
+        return result_of(self.infer_steps(model, choices))
+
+    @torch.no_grad()
+    def infer_steps(
+        self,
+        model: LanguageModel,
+        choices: Sequence[Choice],
+        max_tokens: int = MAX_BATCH_TOKENS,
+    ) -> Steps[torch.Tensor]:
+        """As `infer`, ``max_tokens`` tokens of the options at a time."""
+        if not choices:  # the prior, whatever the embeddings are of
+            nothing = torch.empty(0, self.encoder.config.option_dim)
+            return self.infer_embedded(nothing, nothing)
         options = [(c.prompt, c.chosen) for c in choices] + [
             (c.prompt, c.rejected) for c in choices
         ]
-        embedded = embed_options(model, self.embedding, options)
-        chosen, rejected = embedded.split(len(choices)) if choices else (embedded, embedded)
-        mask = torch.ones(1, len(choices), dtype=torch.bool)
+        embedded = yield from embedding_steps(model, self.embedding, options, max_tokens)
+        return self.infer_embedded(*embedded.split(len(choices)))
+
+    @torch.no_grad()
+    def infer_embedded(self, chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+        """The latent ``z [Z]`` of n choices given as vectors: ``chosen``, ``rejected [n, E]``.
+
+        For an encoder that reads embeddings of another model than the base (`EmbeddingConfig`).
+
+        Raises:
+            InputError: a wrong shape, NaN or infinity.
+        """
+        expected = self.encoder.config.option_dim
+        for name, options in (("chosen", chosen), ("rejected", rejected)):
+            if options.ndim != 2 or options.shape != (len(chosen), expected):
+                raise InputError(
+                    f"{name}: expected [{len(chosen)}, {expected}], got {list(options.shape)}"
+                )
+            if not torch.isfinite(options).all():
+                raise InputError(f"{name}: expected finite numbers, got NaN or infinity")
+        chosen, rejected = (options.to(self.encoder.prior) for options in (chosen, rejected))
+        mask = torch.ones(1, len(chosen), dtype=torch.bool, device=chosen.device)
         return self.encoder(chosen[None], rejected[None], mask).mean[0]
 
     @torch.no_grad()
@@ -181,7 +218,12 @@ class Conditioning:
 
 
 def load_conditioning(folder: Path, decoder: Decoder, base_fingerprint: str) -> Conditioning:
-    """Read a checkpoint onto the base it was made for.
+    """Read a checkpoint onto the base it was made for; raises as `read_conditioning` does."""
+    return read_conditioning(folder, decoder.config, base_fingerprint)
+
+
+def read_conditioning(folder: Path, shape: BaseShape, base_fingerprint: str) -> Conditioning:
+    """Read a checkpoint for a base of this shape and fingerprint, whoever runs it.
 
     Raises:
         InputError: not a checkpoint, another base, another format version, unknown family or
@@ -204,7 +246,7 @@ def load_conditioning(folder: Path, decoder: Decoder, base_fingerprint: str) -> 
         raise InputError(f"{folder / CONFIG_FILE}: {error}") from error
     conditioning = Conditioning(
         PreferenceEncoder(encoder_config).eval(),
-        Modulator(modulator_config, decoder.config).eval(),
+        Modulator(modulator_config, shape).eval(),
         embedding_config,
         str(record["base_model_name_or_path"]),
         str(record["base_fingerprint"]),

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Callable, Generator, Sequence
+from typing import Literal, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from ..errors import InputError
 from ..models.language_model import Content, LanguageModel
 from ..models.packed import PackedOptions, batches_by_tokens
 
 # Tokens of one forward pass: bounds the memory of embedding many answers.
 MAX_BATCH_TOKENS = 4096
+
+T = TypeVar("T")
+# Work that stops between its parts, so that whoever does it may do something else there.
+Steps = Generator[int, None, T]
 
 
 class EmbeddingConfig(BaseModel):
@@ -20,14 +25,28 @@ class EmbeddingConfig(BaseModel):
 
     ``last``: of the completion's last token (the paper's choice). ``mean``: their mean over the
     completion. ``mean_last``: both, side by side.
+
+    ``model`` names the model whose hidden states they are, where it is not the base (imported
+    checkpoints). The base cannot give those: options then come as vectors
+    (`Conditioning.infer_embedded`).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     pooling: Literal["last", "mean", "mean_last"] = "mean_last"
+    model: str | None = None
 
     def width(self, hidden_size: int) -> int:
-        """E, the length of an embedding."""
+        """E, the length of an embedding read off the base.
+
+        Raises:
+            InputError: the embeddings are another model's.
+        """
+        if self.model is not None:
+            raise InputError(
+                f"this encoder reads embeddings made by {self.model!r}, not by the base: expected "
+                "options as vectors (Conditioning.infer_embedded), got text"
+            )
         return hidden_size * (2 if self.pooling == "mean_last" else 1)
 
 
@@ -44,17 +63,40 @@ def embed_options(
     ``on_done`` is told how many more are done.
 
     Raises:
-        InputError: an option longer than the model's context.
+        InputError: an option longer than the model's context, or an encoder that reads another
+            model's embeddings.
     """
+    return result_of(embedding_steps(model, config, options), on_done)
+
+
+@torch.no_grad()
+def embedding_steps(
+    model: LanguageModel,
+    config: EmbeddingConfig,
+    options: Sequence[tuple[Content, Content]],
+    max_tokens: int = MAX_BATCH_TOKENS,
+) -> Steps[torch.Tensor]:
+    """As `embed_options`, one forward pass of at most ``max_tokens`` tokens (or one option) at a
+    time; gives the number of options that are done after each."""
     embeddings = torch.empty(len(options), config.width(model.decoder.config.hidden_size))
     encoded = [model.option_tokens(prompt, completion) for prompt, completion in options]
     lengths = [len(prompt) + len(answer) for prompt, answer in encoded]
-    for batch in batches_by_tokens(lengths, MAX_BATCH_TOKENS):
+    for batch in batches_by_tokens(lengths, max_tokens):
         packed = PackedOptions.pack([encoded[i] for i in batch], model.decoder.device)
         embeddings[batch] = pool(config, packed, packed.hidden(model.decoder)).cpu()
-        if on_done is not None:
-            on_done(len(batch))
+        yield len(batch)
     return embeddings
+
+
+def result_of(steps: Steps[T], on_done: Callable[[int], None] | None = None) -> T:
+    """Do work that comes in steps all at once; ``on_done`` is told what each step gives."""
+    while True:
+        try:
+            done = next(steps)
+        except StopIteration as end:
+            return end.value
+        if on_done is not None:
+            on_done(done)
 
 
 def pool(config: EmbeddingConfig, packed: PackedOptions, hidden: torch.Tensor) -> torch.Tensor:

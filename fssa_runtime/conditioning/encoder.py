@@ -1,9 +1,10 @@
 """Preference encoder: a few choices of one user in, a latent z out (METHOD.md section 3).
 
-    z = h2( aggregate_j h1([e(chosen_j), e(rejected_j)]) ),   j = 1..n
+    z = h2( aggregate_j mean_r h1([e(chosen_j), e(rejected_jr)]) ),   j = 1..n
 
-The result does not depend on the order of the choices (up to rounding), any n is allowed, and
-n = 0 gives a learned prior latent. Source: arXiv 2412.13998, section 3.
+A pair has one rejected option; a choice among K has K - 1, and h1 is averaged over them. The result
+does not depend on the order of the choices nor of the rejected options (up to rounding), any n is
+allowed, and n = 0 gives a learned prior latent. Source: arXiv 2412.13998, section 3 (pairs).
 """
 
 from __future__ import annotations
@@ -26,7 +27,12 @@ MAX_LOG_STD = 2.0
 
 
 class EncoderSettings(BaseModel):
-    """What a recipe chooses about the encoder; the option size comes from the data."""
+    """What a recipe chooses about the encoder; the option size comes from the data.
+
+    ``pair_encoder`` is h1: two layers, or one linear map. ``scale`` bounds the standard deviation
+    of a stochastic encoder (``sigmoid``) or not (``softplus``). The second of each is what the
+    authors' checkpoints have.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -35,6 +41,8 @@ class EncoderSettings(BaseModel):
     aggregate: Aggregate = "mean"
     stochastic: bool = False
     num_heads: int = Field(default=8, ge=1)
+    pair_encoder: Literal["mlp", "linear"] = "mlp"
+    scale: Literal["sigmoid", "softplus"] = "sigmoid"
 
     @model_validator(mode="after")
     def _heads_divide_hidden(self) -> Self:
@@ -68,6 +76,27 @@ class Latent(NamedTuple):
             return self.mean
         noise = torch.empty_like(self.mean).normal_(generator=generator)
         return self.mean + self.log_std.exp() * noise
+
+    def samples(self, noise: Tensor) -> Tensor:
+        """z_s = mean + exp(log_std) ⊙ noise_s, [U, S, Z], from noise [S, Z] that all users share or
+        [U, S, Z]. ValueError when deterministic: there is nothing to sample."""
+        if self.log_std is None:
+            raise ValueError("samples: expected a stochastic encoder, got a deterministic one")
+        return self.mean[:, None] + self.log_std.exp()[:, None] * noise
+
+
+def antithetic_noise(
+    shape: tuple[int, ...], num_samples: int, generator: torch.Generator | None = None
+) -> Tensor:
+    """Standard normal noise [*shape[:-1], S, shape[-1]] whose second half is minus its first.
+
+    Means over such samples are exact for anything odd in the noise: for a population of two
+    equally frequent kinds, exactly half of the samples are of each. ValueError when S is odd.
+    """
+    if num_samples < 2 or num_samples % 2:
+        raise ValueError(f"num_samples: expected an even number, got {num_samples}")
+    half = torch.randn(*shape[:-1], num_samples // 2, shape[-1], generator=generator)
+    return torch.cat([half, -half], dim=-2)
 
 
 @dataclass(frozen=True)
@@ -125,19 +154,24 @@ class OptionScaler(nn.Module):
         return (options.to(self.mean.dtype) - self.mean) / self.std
 
 
+def bounded_log_std(raw: Tensor) -> Tensor:
+    """Any number → log of a scale in (e^MIN_LOG_STD, e^MAX_LOG_STD)."""
+    return MIN_LOG_STD + (MAX_LOG_STD - MIN_LOG_STD) * torch.sigmoid(raw)
+
+
 def two_layer_mlp(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
     """Linear → ReLU → Linear: the shape of h1, h2 and the option encoder of the reward."""
     return nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, out_dim))
 
 
 class PreferenceEncoder(nn.Module):
-    """z = h2( aggregate_j h1([e(chosen_j), e(rejected_j)]) ), permutation invariant.
+    """z = h2( aggregate_j mean_r h1([e(chosen_j), e(rejected_jr)]) ), permutation invariant.
 
-    Aggregates, over the n valid pairs of a user:
+    Aggregates, over the n choices of a user:
       - "mean": Deep Set. A mean forgets n, and three agreeing choices are weaker evidence than
         ten, so h2 also reads log(1 + n).
       - "sum": Deep Set; n is visible in the size of the sum.
-      - "attention": self-attention with `num_heads` heads over the encoded pairs, then the sum.
+      - "attention": self-attention with `num_heads` heads over the encoded choices, then the sum.
     With n = 0 the result is a learned prior (`prior`), not h2 of an empty aggregate.
 
     "mean" and "sum" can also be kept up to date as choices arrive: `summarise` the new ones,
@@ -150,7 +184,11 @@ class PreferenceEncoder(nn.Module):
         hidden = config.hidden_dim
         out_dim = config.latent_dim * (2 if config.stochastic else 1)
         self.scaler = OptionScaler(config.option_dim)
-        self.h1 = two_layer_mlp(2 * config.option_dim, hidden, hidden)
+        self.h1: nn.Module = (
+            nn.Linear(2 * config.option_dim, hidden)
+            if config.pair_encoder == "linear"
+            else two_layer_mlp(2 * config.option_dim, hidden, hidden)
+        )
         if config.aggregate == "attention":
             self.attention_qkv = nn.Linear(hidden, 3 * hidden)
             self.attention_out = nn.Linear(hidden, hidden)
@@ -160,16 +198,19 @@ class PreferenceEncoder(nn.Module):
     def forward(self, chosen: Tensor, rejected: Tensor, mask: Tensor) -> Latent:
         """Latent of U users from their padded choices.
 
-        chosen, rejected: [U, n, E] floating point, options as the caller embeds them (scaled
-            inside); n may be 0. mask: [U, n] bool, True for a real pair; what lies in padded
-            places, NaN included, has no influence on values or gradients.
+        chosen: [U, n, E] floating point, options as the caller embeds them (scaled inside); n may
+            be 0. Pairs: rejected [U, n, E], mask [U, n] bool, True for a real pair. Choices among
+            up to R + 1 options: rejected [U, n, R, E], mask [U, n, R] bool, True for a real
+            rejected option; a choice without any is padding. What lies in padded places, NaN
+            included, has no influence on values or gradients.
         Returns `Latent` with mean [U, Z] (and log_std [U, Z] if stochastic) in the dtype of the
         parameters. Raises ValueError or TypeError on wrong shapes or mask dtype. Deterministic.
         """
-        encoded = self._encode_pairs(chosen, rejected, mask)
+        encoded = self._encode_choices(chosen, rejected, mask)
+        real = real_choices(mask)
         if self.config.aggregate == "attention" and encoded.shape[1]:
-            encoded = self._attend(encoded, mask)
-        return self.latent_from_summary(ContextSummary(encoded.sum(dim=1), mask.sum(dim=1)))
+            encoded = self._attend(encoded, real)
+        return self.latent_from_summary(ContextSummary(encoded.sum(dim=1), real.sum(dim=1)))
 
     @torch.no_grad()
     def scale_latents(self, factor: float) -> None:
@@ -195,8 +236,8 @@ class PreferenceEncoder(nn.Module):
             raise ValueError(
                 "aggregate: expected 'mean' or 'sum' to summarise choices, got 'attention'"
             )
-        encoded = self._encode_pairs(chosen, rejected, mask)
-        return ContextSummary(encoded.sum(dim=1), mask.sum(dim=1))
+        encoded = self._encode_choices(chosen, rejected, mask)
+        return ContextSummary(encoded.sum(dim=1), real_choices(mask).sum(dim=1))
 
     def latent_from_summary(self, summary: ContextSummary) -> Latent:
         """h2 of the aggregate, or the prior where the count is 0."""
@@ -208,25 +249,27 @@ class PreferenceEncoder(nn.Module):
         if not self.config.stochastic:
             return Latent(out, None)
         mean, raw = out.chunk(2, dim=-1)
-        return Latent(mean, MIN_LOG_STD + (MAX_LOG_STD - MIN_LOG_STD) * torch.sigmoid(raw))
+        if self.config.scale == "softplus":
+            return Latent(mean, F.softplus(raw).log())
+        return Latent(mean, bounded_log_std(raw))
 
-    def _encode_pairs(self, chosen: Tensor, rejected: Tensor, mask: Tensor) -> Tensor:
-        """h1 of every pair, [U, n, hidden], zero in padded places."""
-        check_pairs(chosen, rejected, mask, self.config.option_dim)
-        valid = mask[..., None]
+    def _encode_choices(self, chosen: Tensor, rejected: Tensor, mask: Tensor) -> Tensor:
+        """mean_r h1 of every choice, [U, n, hidden], zero in padded places."""
+        check_choices(chosen, rejected, mask, self.config.option_dim)
         # Blanked before the first layer: a NaN zeroed only afterwards would still reach the
         # gradient of h1's weights.
-        pairs = torch.cat(
-            [
-                self.scaler(chosen.masked_fill(~valid, 0.0)),
-                self.scaler(rejected.masked_fill(~valid, 0.0)),
-            ],
-            dim=-1,
-        )
-        return self.h1(pairs).masked_fill(~valid, 0.0)
+        real = real_choices(mask)[..., None]
+        chosen = self.scaler(chosen.masked_fill(~real, 0.0))
+        rejected = self.scaler(rejected.masked_fill(~mask[..., None], 0.0))
+        if mask.ndim == 2:
+            return self.h1(torch.cat([chosen, rejected], dim=-1)).masked_fill(~real, 0.0)
+        chosen = chosen[:, :, None].expand_as(rejected)
+        encoded = self.h1(torch.cat([chosen, rejected], dim=-1))
+        encoded = encoded.masked_fill(~mask[..., None], 0.0).sum(dim=2)
+        return encoded / mask.sum(dim=2).clamp(min=1)[..., None]
 
     def _attend(self, encoded: Tensor, mask: Tensor) -> Tensor:
-        """Multi-head self-attention among the valid pairs, zero in padded places."""
+        """Multi-head self-attention among the real choices, zero in padded places."""
         num_users, n, hidden = encoded.shape
         heads = self.config.num_heads
         qkv = self.attention_qkv(encoded).view(num_users, n, 3, heads, hidden // heads)
@@ -239,18 +282,28 @@ class PreferenceEncoder(nn.Module):
         return self.attention_out(mixed).masked_fill(~mask[..., None], 0.0)
 
 
-def check_pairs(chosen: Tensor, rejected: Tensor, mask: Tensor, option_dim: int) -> None:
-    """ValueError or TypeError unless chosen, rejected are [U, n, E] and mask is [U, n] bool."""
+def real_choices(mask: Tensor) -> Tensor:
+    """[U, n] bool: which choices are real, from a mask of pairs [U, n] or of rejected options
+    [U, n, R]."""
+    return mask if mask.ndim == 2 else mask.any(dim=2)
+
+
+def check_choices(chosen: Tensor, rejected: Tensor, mask: Tensor, option_dim: int) -> None:
+    """ValueError or TypeError unless chosen is [U, n, E], rejected [U, n, E] or [U, n, R, E], and
+    mask bool of rejected's shape without E."""
     if chosen.ndim != 3 or chosen.shape[-1] != option_dim:
         raise ValueError(f"chosen: expected [U, n, {option_dim}], got {tuple(chosen.shape)}")
-    if rejected.shape != chosen.shape:
+    pairs = tuple(chosen.shape)
+    several = rejected.ndim == 4 and (*rejected.shape[:2], rejected.shape[3]) == pairs
+    if tuple(rejected.shape) != pairs and not several:
         raise ValueError(
-            f"rejected: expected the shape of chosen {tuple(chosen.shape)}, "
-            f"got {tuple(rejected.shape)}"
+            f"rejected: expected the shape of chosen {pairs}, or [U, n, R, E] for choices among "
+            f"more than two, got {tuple(rejected.shape)}"
         )
-    if mask.shape != chosen.shape[:2]:
+    if mask.shape != rejected.shape[:-1]:
         raise ValueError(
-            f"mask: expected {tuple(chosen.shape[:2])} to match chosen, got {tuple(mask.shape)}"
+            f"mask: expected {tuple(rejected.shape[:-1])} to match rejected, "
+            f"got {tuple(mask.shape)}"
         )
     if mask.dtype != torch.bool:
         raise TypeError(f"mask: expected dtype torch.bool, got {mask.dtype}")

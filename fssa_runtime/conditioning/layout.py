@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from typing_extensions import Self
 
-from ..models.config import DecoderConfig
 from .modulation import LinearFamily
 
 Family = LinearFamily | Literal["film"]
@@ -80,6 +79,20 @@ class ModulatorConfig(BaseModel):
         return self
 
 
+class BaseShape(Protocol):
+    """The sizes of a base model that rows depend on: a `DecoderConfig` has them, and so does any
+    model whose linears carry the usual names (`fssa_runtime.integrations.modules.base_shape`)."""
+
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def qkv_splits(self) -> tuple[int, int, int]: ...
+    @property
+    def gate_up_splits(self) -> tuple[int, int]: ...
+
+
 @dataclass(frozen=True)
 class Site:
     """One modulated place and its piece ``[offset, offset + width)`` of a row.
@@ -111,7 +124,7 @@ class RowLayout:
     (``factors``: a user's own A and B) come after. ``static`` sites have no piece.
     """
 
-    def __init__(self, config: ModulatorConfig, decoder: DecoderConfig) -> None:
+    def __init__(self, config: ModulatorConfig, decoder: BaseShape) -> None:
         shapes = _group_shapes(decoder)
         found: list[Site] = []
         for layer in range(decoder.num_layers):
@@ -191,13 +204,13 @@ def _width(family: str, rank: int, splits: tuple[int, ...], in_features: int) ->
     }[family]
 
 
-def _group_shapes(decoder: DecoderConfig) -> dict[str, tuple[tuple[int, ...], int]]:
+def _group_shapes(decoder: BaseShape) -> dict[str, tuple[tuple[int, ...], int]]:
     hidden = decoder.hidden_size
     shapes = {
         "qkv": (decoder.qkv_splits, hidden),
-        "o": ((hidden,), decoder.num_heads * decoder.head_dim),
+        "o": ((hidden,), decoder.qkv_splits[0]),
         "gate_up": (decoder.gate_up_splits, hidden),
-        "down": ((hidden,), decoder.intermediate_size),
+        "down": ((hidden,), decoder.gate_up_splits[0]),
     }
     assert all(math.prod(splits) > 0 for splits, _ in shapes.values())
     return shapes

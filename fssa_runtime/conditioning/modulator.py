@@ -17,8 +17,7 @@ from torch import nn
 
 from fssa_kernels import expand_modulation
 
-from ..models.config import DecoderConfig
-from .layout import LinearName, ModulatorConfig, RowLayout, Site
+from .layout import BaseShape, LinearName, ModulatorConfig, RowLayout, Site
 from .modulation import LinearModulation, Modulation
 
 
@@ -30,7 +29,7 @@ class Modulator(nn.Module):
         decoder: the base model's shape.
     """
 
-    def __init__(self, config: ModulatorConfig, decoder: DecoderConfig) -> None:
+    def __init__(self, config: ModulatorConfig, decoder: BaseShape) -> None:
         super().__init__()
         self.config = config
         self.layout = RowLayout(config, decoder)

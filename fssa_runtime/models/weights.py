@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -71,12 +71,11 @@ def load_decoder(
                 f"config.json asks for {list(target.shape)}"
             )
         target.copy_(tensor)
-        digests[name] = _digest(tensor)
+        digests[name] = tensor_digest(tensor)
     missing = sorted(set(targets) - set(digests))
     if missing:
         raise InputError(f"{folder}: {len(missing)} tensors are missing, first {missing[0]!r}")
-    summary = json.dumps([config.architecture, sorted(digests.items())]).encode()
-    return decoder, hashlib.sha256(summary).hexdigest()
+    return decoder, fingerprint_of(config.architecture, digests)
 
 
 def _tensors(files: list[Path]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -89,10 +88,17 @@ def _tensors(files: list[Path]) -> Iterator[tuple[str, torch.Tensor]]:
             raise InputError(f"{path} is not a readable safetensors file: {error}") from error
 
 
-def _digest(tensor: torch.Tensor) -> str:
-    flat = tensor.reshape(-1)
+def fingerprint_of(architecture: str, digests: Mapping[str, str]) -> str:
+    """Of a base: its architecture (``model_type``) and `tensor_digest` of each tensor by name."""
+    summary = json.dumps([architecture, sorted(digests.items())]).encode()
+    return hashlib.sha256(summary).hexdigest()
+
+
+def tensor_digest(tensor: torch.Tensor) -> str:
+    """Of a tensor's shape and of sampled values, rounded to bfloat16."""
+    flat = tensor.detach().reshape(-1)
     step = max(1, flat.numel() // FINGERPRINT_SAMPLES)
-    sample = flat[::step].to(torch.bfloat16).view(torch.int16).numpy().tobytes()
+    sample = flat[::step].to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes()
     return hashlib.sha256(repr(list(tensor.shape)).encode() + sample).hexdigest()
 
 

@@ -1,0 +1,80 @@
+"""The commands that read other people's files and write files for them: arguments only.
+
+Heavy imports happen inside the commands, so ``fssa --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+Subparsers = Any  # argparse keeps the type of what add_subparsers returns to itself
+
+
+def add_commands(commands: Subparsers) -> None:
+    """Add ``import-authors``, ``import-lora`` and ``export-lora``."""
+    from ..models.pull import DEFAULT_MODEL
+
+    authors = _add(
+        commands,
+        "import-authors",
+        _import_authors,
+        "a checkpoint of the paper's code (config.yaml, model_best.pt) as a conditioning",
+    )
+    authors.add_argument("folder", type=Path, help="where both files lie")
+    authors.add_argument("--model", help="the base (default: the one its config.yaml names)")
+    authors.add_argument("--output", type=Path, required=True, help="the conditioning, a folder")
+
+    lora = _add(
+        commands, "import-lora", _import_lora, "a PEFT LoRA as a part of a conditioning, for all"
+    )
+    lora.add_argument("folder", type=Path, help="adapter_config.json, adapter_model.safetensors")
+    lora.add_argument("--model", default=DEFAULT_MODEL, help=f"the base (default: {DEFAULT_MODEL})")
+    lora.add_argument(
+        "--conditioning", type=Path, help="add it to this one (default: nothing but the LoRA)"
+    )
+    lora.add_argument("--output", type=Path, required=True, help="the conditioning, a folder")
+
+    export = _add(commands, "export-lora", _export_lora, "a user as an ordinary PEFT LoRA")
+    export.add_argument("--user", required=True, metavar="NAME", help="whose")
+    export.add_argument(
+        "--model", default=DEFAULT_MODEL, help=f"the base (default: {DEFAULT_MODEL})"
+    )
+    export.add_argument(
+        "--conditioning", type=Path, help="checkpoint folder (default: the one that ships)"
+    )
+    export.add_argument(
+        "--users-file", type=Path, help="JSON of users and choices (default: in the checkpoint)"
+    )
+    export.add_argument("--output", type=Path, required=True, help="the adapter, a folder")
+
+
+def _add(commands: Subparsers, name: str, run: Any, help: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=help, description=help)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _import_authors(arguments: argparse.Namespace) -> None:
+    from .commands import import_authors_command
+
+    import_authors_command(arguments.folder, arguments.model, arguments.output)
+
+
+def _import_lora(arguments: argparse.Namespace) -> None:
+    from .commands import import_lora_command
+
+    import_lora_command(arguments.folder, arguments.model, arguments.conditioning, arguments.output)
+
+
+def _export_lora(arguments: argparse.Namespace) -> None:
+    from .commands import export_lora_command
+
+    export_lora_command(
+        arguments.user,
+        arguments.model,
+        arguments.conditioning,
+        arguments.users_file,
+        arguments.output,
+    )
