@@ -11,14 +11,16 @@ import asyncio
 import concurrent.futures
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from .answer_stream import AnswerStream, Ticket
 from .conditioning.checkpoint import Choice
+from .conditioning.embedding import Steps
 from .errors import EngineError, InputError, OverloadedError
 from .llm import LLM, Output
 from .models.language_model import Content
@@ -27,6 +29,29 @@ from .sampling import SamplingParams
 from .users.registry import User, WhoseWeights
 
 T = TypeVar("T")
+
+
+class Job:
+    """Work for the engine's thread, a piece between two steps."""
+
+    def __init__(self, make: Callable[[], Steps[Any]]) -> None:
+        self.future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        self._make = make
+        self._steps: Steps[Any] | None = None
+
+    def advance(self) -> bool:
+        """Do a piece; whether it was the last, or nobody waits for it any more."""
+        if self._steps is None:
+            if not self.future.set_running_or_notify_cancel():
+                return True
+            self._steps = self._make()
+        try:
+            next(self._steps)
+        except StopIteration as end:
+            self.future.set_result(end.value)
+        except BaseException as error:
+            self.future.set_exception(error)
+        return self.future.done()
 
 
 class AsyncEngine:
@@ -58,6 +83,7 @@ class AsyncEngine:
         # Of the two above; entered again where a stream is collected inside.
         self._lock = threading.RLock()
         self._running: dict[int, Ticket] = {}  # the thread's own
+        self._jobs: deque[Job] = deque()  # the thread's own
         self._messages: list[Callable[[], None]] = []
         self._wake = threading.Condition()
         self._closing = False
@@ -138,21 +164,27 @@ class AsyncEngine:
         return bool(found)
 
     async def infer(self, name: str, choices: Sequence[Choice | tuple[str, str, str]]) -> User:
-        """As `Users.infer`, between two steps. Requests in flight keep the weights they have."""
-        return await self.call(lambda: self.llm.users.infer(name, choices))
+        """As `Users.infer`. Requests in flight keep the weights they have.
+
+        What changes users is done in the order in which it was asked for, a piece between two
+        steps: a piece reads no more text than a step does, so nobody waits long for a next token.
+        """
+        users, most = self.llm.users, self.llm.engine.scheduler.max_tokens
+        return await self._work(lambda: users.infer_steps(name, choices, most))
 
     async def add_choices(
         self, name: str, choices: Sequence[Choice | tuple[str, str, str]]
     ) -> User:
-        """As `Users.add_choices`, between two steps."""
-        return await self.call(lambda: self.llm.users.add_choices(name, choices))
+        """As `Users.add_choices`; see `infer`."""
+        users, most = self.llm.users, self.llm.engine.scheduler.max_tokens
+        return await self._work(lambda: users.add_steps(name, choices, most))
 
     async def set_latent(self, name: str, latent: torch.Tensor) -> User:
-        """As `Users.set_latent`, between two steps."""
+        """As `Users.set_latent`; see `infer`."""
         return await self.call(lambda: self.llm.users.set_latent(name, latent))
 
     async def delete(self, name: str) -> None:
-        """As `Users.delete`, between two steps."""
+        """As `Users.delete`; see `infer`."""
         await self.call(lambda: self.llm.users.delete(name))
 
     async def call(self, function: Callable[[], T]) -> T:
@@ -161,17 +193,17 @@ class AsyncEngine:
         Raises:
             What it raises; EngineError if the engine is closed.
         """
-        future: concurrent.futures.Future[T] = concurrent.futures.Future()
 
-        def run() -> None:
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(function())
-                except BaseException as error:
-                    future.set_exception(error)
+        def at_once() -> Steps[T]:
+            return function()
+            yield 0
 
-        self._send(run)
-        return await asyncio.wrap_future(future)
+        return await self._work(at_once)
+
+    async def _work(self, make: Callable[[], Steps[T]]) -> T:
+        job = Job(make)
+        self._send(lambda: self._jobs.append(job))
+        return await asyncio.wrap_future(job.future)
 
     async def close(self, *, drain: bool = False) -> None:
         """End the thread; requests in flight are finished first (``drain``) or fail."""
@@ -257,19 +289,21 @@ class AsyncEngine:
         try:
             while True:
                 with self._wake:
-                    while not (self._messages or len(engine) or self._closing):
+                    while not (self._messages or self._jobs or len(engine) or self._closing):
                         self._wake.wait()
                     messages, self._messages = self._messages, []
-                    if self._closing and not messages and not len(engine):
+                    if self._closing and not (messages or self._jobs or len(engine)):
                         return
                 for message in messages:
                     message()
+                if self._jobs and self._jobs[0].advance():
+                    self._jobs.popleft()
                 if len(engine):
                     self._step()
         finally:
             with self._wake:
                 self._closing = True
-            self._fail_all(EngineError("the engine was closed"))
+            self._stop(EngineError("the engine was closed"))
 
     def _step(self) -> None:
         try:
@@ -308,19 +342,24 @@ class AsyncEngine:
             self.llm.engine.abort(number)
             ticket.fail(error)
         self._running.clear()
+
+    def _stop(self, error: EngineError) -> None:
+        """Fail whatever is left to do."""
+        self._fail_all(error)
         with self._lock:
             others = list(self._live)
-        if self._closing:
-            for ticket in others:
-                ticket.fail(error)
+        for ticket in others:
+            ticket.fail(error)
+        for job in self._jobs:
+            if not job.future.done():
+                job.future.set_exception(error)
+        self._jobs.clear()
 
     def _close(self, drain: bool) -> None:
         with self._wake:
             if not self._closing:
                 if not drain:
-                    self._messages.append(
-                        lambda: self._fail_all(EngineError("the engine was closed"))
-                    )
+                    self._messages.append(lambda: self._stop(EngineError("the engine was closed")))
                 self._closing = True
                 self._wake.notify()
         self._thread.join()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ..conditioning.checkpoint import Choice, Conditioning
+from ..conditioning.embedding import MAX_BATCH_TOKENS, Steps, result_of
 from ..conditioning.user_weights import UserWeights
 from ..errors import InputError
 from ..models.language_model import LanguageModel
@@ -67,15 +68,34 @@ class Users:
         Raises:
             InputError: no name, or a choice between an option and itself.
         """
+        return result_of(self.infer_steps(name, choices))
+
+    def add_choices(self, name: str, choices: Sequence[Choice | tuple[str, str, str]]) -> User:
+        """Know a user better: what they chose before and these."""
+        return result_of(self.add_steps(name, choices))
+
+    def infer_steps(
+        self,
+        name: str,
+        choices: Sequence[Choice | tuple[str, str, str]],
+        max_tokens: int = MAX_BATCH_TOKENS,
+    ) -> Steps[User]:
+        """As `infer`, ``max_tokens`` tokens of the options at a time."""
         conditioning = self._need()
         if not name:
             raise InputError("a user needs a name, got an empty one")
         checked = tuple(_choice(number, choice) for number, choice in enumerate(choices))
-        return self._keep(name, checked, conditioning.infer(self._model, checked))
+        latent = yield from conditioning.infer_steps(self._model, checked, max_tokens)
+        return self._keep(name, checked, latent)
 
-    def add_choices(self, name: str, choices: Sequence[Choice | tuple[str, str, str]]) -> User:
-        """Know a user better: what they chose before and these."""
-        return self.infer(name, (*self[name].choices, *choices))
+    def add_steps(
+        self,
+        name: str,
+        choices: Sequence[Choice | tuple[str, str, str]],
+        max_tokens: int = MAX_BATCH_TOKENS,
+    ) -> Steps[User]:
+        """As `add_choices`, ``max_tokens`` tokens of the options at a time."""
+        return (yield from self.infer_steps(name, (*self[name].choices, *choices), max_tokens))
 
     def set_latent(self, name: str, latent: torch.Tensor) -> User:
         """Know a user by a latent ``z [Z]`` and no choices.

@@ -288,6 +288,55 @@ def test_users_change_while_requests_run(llm: LLM) -> None:
     run(test)
 
 
+def test_choices_are_read_between_the_steps_of_others(model: LanguageModel) -> None:
+    """A long list of choices holds nobody up for longer than a step's worth of it."""
+    llm = LLM(model, random_conditioning(model, "gated"), max_batch_size=8, max_batch_tokens=64)
+    choices = [("Why?", "a" * 20 + str(n), "b" * 30 + str(n)) for n in range(8)]
+    expected = LLM(model, llm.conditioning).users.infer("ana", choices)
+
+    async def test() -> None:
+        async with AsyncEngine(llm) as engine:
+            stream = engine.stream("Why?", sampling=LONG)
+            read = len((await stream.__anext__()).tokens)
+            steps = 0
+            original = llm.engine.step
+
+            def counted() -> list:
+                nonlocal steps
+                steps += 1
+                return original()
+
+            llm.engine.step = counted  # type: ignore[method-assign]
+            user = await engine.infer("ana", choices)
+            assert steps >= 8  # of two or fewer options each
+            torch.testing.assert_close(user.latent, expected.latent)
+            read += len((await stream.__anext__()).tokens)
+            assert read > 8
+            stream.abort()
+
+    run(test)
+
+
+def test_changes_of_a_user_come_one_after_another(llm: LLM) -> None:
+    async def test() -> None:
+        async with serving(llm) as engine:
+            await engine.infer("cy", CHOICES[:1])
+            await asyncio.gather(*(engine.add_choices("cy", [choice]) for choice in CHOICES[1:]))
+            assert llm.users["cy"].choices == CHOICES
+            first = asyncio.create_task(engine.infer("cy", CHOICES[:2]))
+            await asyncio.sleep(0)
+            await engine.delete("cy")
+            assert (await first).choices == CHOICES[:2]
+            assert "cy" not in llm.users
+            gone = asyncio.create_task(engine.infer("dan", CHOICES))
+            await asyncio.sleep(0)
+            gone.cancel()
+            await engine.set_latent("eve", torch.zeros(LATENT_DIM))
+            assert "eve" in llm.users
+
+    run(test)
+
+
 def test_a_step_that_fails(llm: LLM) -> None:
     """Those in flight are told; the next request is served."""
     expected = llm.generate(["Why?"], "ana", SamplingParams(max_tokens=5), progress=False)[0]
