@@ -208,32 +208,57 @@ def cpu_decode() -> str:
     return "\n".join(lines)
 
 
+SERVING_SIDES = {
+    "base only": "ours, base only",
+    "one user": "ours, one user",
+    "all distinct": "**ours, every request another user**",
+    "all distinct, one at a time": "ours, one request at a time",
+    "llama_cpp": SIDES["llama_cpp"],
+    "vllm": SIDES["vllm"],
+    "vllm_lora": "vLLM on the CPU, a LoRA of its own for each user",
+    "hf": SIDES["hf"],
+}
+
+
 def serving() -> str:
-    """Throughput with everything waiting, and times to tokens under a load."""
+    """Throughput with everything waiting, and times to tokens under every load."""
     result = read("serving.json")
     if result is None:
         return NOT_MEASURED
-    columns = ("ttft_ms_p50", "ttft_ms_p95", "itl_ms_p50", "itl_ms_p95")
-    lines = [
-        "| | tokens/s, all waiting | first token, ms (p50, p95) | then, ms (p50, p95) |",
-        "|---|---|---|---|",
+    loads = result["open"]
+    titles = [
+        f"{load['arrivals']}, {load['rate']:.1f} requests/s: first token, then (ms), in time"
+        for load in loads
     ]
-    for side, runs in result["closed"].items():
-        cells = [f"{statistics.median(run['tokens_per_s'] for run in runs):.0f}"]
-        served = result["open"].get(side)
-        if served is None:
-            cells += ["", ""]
-        else:
-            a, b, c, d = (statistics.median(run[name] for run in served) for name in columns)
-            cells += [f"{a:.0f}, {b:.0f}", f"{c:.1f}, {d:.1f}"]
-        lines.append(f"| {side} | {' | '.join(cells)} |")
+    lines = [f"| | tokens/s, all waiting | {' | '.join(titles)} |", "|---" * (2 + len(loads)) + "|"]
+    for side, label in SERVING_SIDES.items():
+        if side not in result["closed"]:
+            continue
+        speed = statistics.median(run["tokens_per_s"] for run in result["closed"][side])
+        ratio = result["all_distinct_over"].get(side)
+        cells = [f"{speed:.0f}" + ("" if ratio is None else f" ({ratio:.2f}×)")]
+        cells += [_times(load["sides"].get(side)) for load in loads]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
     lines += [
         "",
-        f"All distinct ÷ base only {result['all_distinct_over_base']:.3f}, in a batch ÷ one at a "
-        f"time {result['batched_over_one_at_a_time']:.2f}, both taken round by round; the load of "
-        f"the last two columns is {result['rate']:.1f} requests a second.",
+        "In brackets: how many times as fast every request another user is, round by round. Times "
+        "are medians, in brackets the 95th percentile; in time are requests whose tokens all came "
+        "within the objectives. The loads are "
+        f"{result['settings']['load']:.0%} of what these hold: "
+        + "; ".join(SERVING_SIDES[load["share_of"]].strip("*") for load in loads)
+        + ".",
     ]
+    if result["absent"]:
+        lines[-1] += f" Not measured: {', '.join(result['absent'])}."
     return "\n".join(lines)
+
+
+def _times(runs: list[dict[str, float]] | None) -> str:
+    if runs is None:
+        return ""
+    names = ("ttft_ms_p50", "ttft_ms_p95", "itl_ms_p50", "itl_ms_p95", "good_share")
+    a, b, c, d, good = (statistics.median(run[name] for run in runs) for name in names)
+    return f"{a:.0f} ({b:.0f}), {c:.0f} ({d:.0f}), {good:.0%}"
 
 
 def gpu() -> str:

@@ -1,24 +1,32 @@
 """Serving a trace of requests on this machine: base only, one user, every request another user.
 
-    python -m benchmarks.serving --requests 64 --rounds 3 --json FILE
+    python -m benchmarks.serving --peers llama.cpp,vllm,vllm_lora,peft --json FILE
 
 Two questions. **How much** (closed): all requests wait from the start, 32 answers are in flight,
 and tokens a second count; beside it some of them one after another. **How long** (open): requests
-arrive as a Poisson process at a share of what was just measured, users drawn by Zipf's law, and the
-time to the first token, the time between tokens and the goodput count (requests a second whose
-tokens came within the objectives). Sides are measured in turn, round after round, on the same
-requests; the prefix cache is on where users come back, and off for the closed ones.
+arrive in a Poisson process or in bursts of one, users drawn by Zipf's law, and the time to the
+first token, the time between tokens and the goodput count (requests a second whose tokens came
+within the objectives). Arrivals come at a share of what our engine with every request another user
+was just measured to hold, and, beside peers, at that share of what the slowest side holds, so that
+nobody is measured in a jam alone.
+
+Peers serve the same requests by continuous batching, each in a process of its own
+(`benchmarks.peers.worker`), and one loop plays a trace to all (`benchmarks.peers.play`). Sides are
+measured in turn, round after round, in alternating order; ratios are taken round by round. Every
+load's first round stands behind `benchmarks.serving_gate`. The prefix cache is on where users come
+back, for us; the prompts of a trace share nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import statistics
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -27,30 +35,45 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.cpu_decode import machine
-from benchmarks.modulated import LATENT_DIM, random_modulator
-from fssa_runtime.conditioning.table import ModulationTable
-from fssa_runtime.conditioning.user_weights import UserWeights
-from fssa_runtime.engine.engine import Engine
+from benchmarks.peers.client import FOLDER, PeerError
+from benchmarks.peers.play import Ask, Played
+from benchmarks.serving_gate import Gate
+from benchmarks.serving_sides import ALONE, PEERS, SIDES, Ours, Side, peer_side, start_peers
 from fssa_runtime.models.language_model import LanguageModel
 from fssa_runtime.models.pull import DEFAULT_MODEL
 from fssa_runtime.planning.sketch import Sketch
 from fssa_runtime.planning.trace import Arrival, Lengths, Trace
-from fssa_runtime.request import Request, SamplingParams
 from fssa_runtime.threads import set_threads
 
-SIDES = ("base only", "one user", "all distinct")
-ALONE = "all distinct, one at a time"
+# Bursts: this many requests on average, at this many times the average rate.
+BURST, CROWDING = 8, 4
 
 
 @dataclasses.dataclass
 class Served:
-    """What one run of a trace gave."""
+    """What one run of a trace gave, from the times of its tokens. ``good``: requests in time."""
 
     seconds: float
+    num_requests: int
     num_tokens: int
     first_token: Sketch
     between_tokens: Sketch
     good: int
+
+    @classmethod
+    def of(cls, asked: Sequence[Ask], played: Played, ttft: float, itl: float) -> Served:
+        """ttft, itl: objectives in seconds, from arrival to first token and between two."""
+        first, between = Sketch(), Sketch()
+        good = 0
+        for ask, times in zip(asked, played.times, strict=True):
+            waited = times[0] - ask.time
+            gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
+            first.add(waited)
+            for gap in gaps:
+                between.add(gap)
+            good += waited <= ttft and all(gap <= itl for gap in gaps)
+        num_tokens = sum(map(len, played.times))
+        return cls(played.seconds, len(asked), num_tokens, first, between, good)
 
     @property
     def tokens_per_s(self) -> float:
@@ -61,159 +84,157 @@ class Served:
             "seconds": self.seconds,
             "tokens_per_s": self.tokens_per_s,
             "goodput_per_s": self.good / self.seconds,
+            "good_share": self.good / self.num_requests,
             **{
                 f"{name}_ms_p{round(100 * share)}": 1e3 * sketch.quantile(share)
                 for name, sketch in (("ttft", self.first_token), ("itl", self.between_tokens))
+                if sketch.count
                 for share in (0.5, 0.95, 0.99)
             },
         }
 
 
-class Server:
-    """One model, engines with and without modulation, and people."""
-
-    def __init__(self, model: LanguageModel, options: argparse.Namespace) -> None:
-        self.model, self.options = model, options
-        self.modulator = random_modulator(model.decoder.config)
-        self._people: dict[int, UserWeights] = {}
-
-    def engine(self, side: str, *, prefix_cache: bool) -> Engine:
-        batch = 1 if side == ALONE else self.options.concurrency
-        limits: dict[str, Any] = {
-            "max_batch_size": batch,
-            "max_batch_tokens": max(batch, 512),
-            "max_kv_tokens": batch * 2 * (self.options.prompt_tokens + self.options.output_tokens),
-            "prefix_cache": prefix_cache,
-        }
-        decoder = self.model.decoder
-        if side == "base only":
-            return Engine(decoder, frozenset(), **limits)
-        table = ModulationTable(self.modulator.layout, max(batch, 64))
-        nobody = torch.zeros(0, dtype=torch.int32)
-        modulation = self.modulator.bind(table.rows, nobody, dtype=decoder.dtype)
-        return Engine(decoder, frozenset(), modulation, table, **limits)
-
-    def person(self, number: int) -> UserWeights:
-        if number not in self._people:
-            generator = torch.Generator().manual_seed(number)
-            with torch.no_grad():
-                row = self.modulator.rows(torch.randn(1, LATENT_DIM, generator=generator))[0]
-            self._people[number] = UserWeights.of_row(row)
-        return self._people[number]
-
-    def request(self, side: str, index: int, arrival: Arrival, *, distinct: bool) -> Request:
-        user = None
-        if side == "one user":
-            user = self.person(0)
-        elif side != "base only":
-            user = self.person(index if distinct else arrival.user)
+def asks(arrivals: Sequence[Arrival], vocab_size: int, *, waiting: bool = False) -> list[Ask]:
+    """Arrivals as requests with random prompts; ``waiting``: all at once, each another user's."""
+    result = []
+    for index, arrival in enumerate(arrivals):
         generator = torch.Generator().manual_seed(arrival.conversation)
-        vocab = self.model.decoder.config.vocab_size
-        prompt = torch.randint(vocab, (arrival.prompt_tokens,), generator=generator).tolist()
-        return Request(prompt, user, SamplingParams(max_tokens=arrival.output_tokens))
-
-
-def serve(
-    engine: Engine, requests: Sequence[Request], times: Sequence[float], ttft: float, itl: float
-) -> Served:
-    """Serve requests that arrive at ``times``, seconds from the start, until all are answered."""
-    came: dict[int, float] = {}
-    last: dict[int, float] = {}
-    slow: set[int] = set()
-    first, between = Sketch(), Sketch()
-    num_tokens = next_one = 0
-    start = time.perf_counter()
-    while next_one < len(requests) or len(engine):
-        now = time.perf_counter() - start
-        while next_one < len(requests) and times[next_one] <= now:
-            came[engine.add(requests[next_one])] = times[next_one]
-            next_one += 1
-        if not len(engine):
-            time.sleep(max(0.0, times[next_one] - now))
-            continue
-        events = engine.step()
-        now = time.perf_counter() - start
-        for event in events:
-            num_tokens += 1
-            number = event.request
-            if number in last:
-                between.add(now - last[number])
-                late = now - last[number] > itl
-            else:
-                first.add(now - came[number])
-                late = now - came[number] > ttft
-            if late:
-                slow.add(number)
-            last[number] = now
-    seconds = time.perf_counter() - start
-    return Served(seconds, num_tokens, first, between, len(requests) - len(slow))
-
-
-def closed(server: Server, arrivals: Sequence[Arrival], side: str) -> Served:
-    """All requests at once, every one a user's own on the sides that have users."""
-    engine = server.engine(side, prefix_cache=False)
-    requests = [server.request(side, i, a, distinct=True) for i, a in enumerate(arrivals)]
-    return serve(engine, requests, [0.0] * len(requests), *_objectives(server.options))
-
-
-def opened(server: Server, arrivals: Sequence[Arrival], side: str) -> Served:
-    """Requests as they come."""
-    engine = server.engine(side, prefix_cache=True)
-    requests = [server.request(side, i, a, distinct=False) for i, a in enumerate(arrivals)]
-    return serve(engine, requests, [a.time for a in arrivals], *_objectives(server.options))
-
-
-def measure(server: Server, console: Console) -> dict[str, Any]:
-    """Every side in turn, round after round; ratios are taken round by round."""
-    options = server.options
-    trace = _trace(options, rate=1.0)
-    arrivals = list(trace.arrivals())
-    runs: dict[str, list[Served]] = {side: [] for side in (*SIDES, ALONE)}
-    closed(server, arrivals[:4], SIDES[-1])  # the first pass pays for things that are not serving
-    for number in range(options.rounds):
-        for side in runs if number % 2 == 0 else reversed(runs):
-            # One after another takes long: as many as are in flight otherwise are enough.
-            few = arrivals[: options.concurrency] if side == ALONE else arrivals
-            runs[side].append(closed(server, few, side))
-            console.print(
-                f"closed, round {number + 1}: {side}: {runs[side][-1].tokens_per_s:.0f} tokens/s"
-            )
-    result: dict[str, Any] = {
-        "closed": {side: [run.summary() for run in served] for side, served in runs.items()},
-        "all_distinct_over_base": _ratio(runs, SIDES[-1], SIDES[0]),
-        "batched_over_one_at_a_time": _ratio(runs, SIDES[-1], ALONE),
-    }
-    tokens = statistics.fmean(a.output_tokens for a in arrivals)
-    speed = statistics.median(run.tokens_per_s for run in runs[SIDES[-1]])
-    result["rate"] = rate = options.load * speed / tokens
-    arrivals = list(_trace(options, rate).arrivals())
-    result["open"] = {side: [] for side in SIDES}
-    for number in range(options.rounds):
-        for side in SIDES if number % 2 == 0 else reversed(SIDES):
-            served = opened(server, arrivals, side).summary()
-            result["open"][side].append(served)
-            console.print(
-                f"open, round {number + 1}: {side}: first token {served['ttft_ms_p50']:.0f} ms, "
-                f"then {served['itl_ms_p50']:.1f} ms"
-            )
+        prompt = torch.randint(vocab_size, (arrival.prompt_tokens,), generator=generator).tolist()
+        time, user = (0.0, index) if waiting else (arrival.time, arrival.user)
+        result.append(Ask(time, user, prompt, arrival.output_tokens))
     return result
 
 
-def show(result: dict[str, Any], console: Console) -> None:
+class Benchmark:
+    """Sides, the gate before them, and the traces that they are given."""
+
+    def __init__(
+        self,
+        sides: dict[str, Side],
+        gate: Gate,
+        vocab_size: int,
+        options: argparse.Namespace,
+        console: Console,
+    ) -> None:
+        self.sides, self.gate, self.vocab_size = sides, gate, vocab_size
+        self.options, self.console = options, console
+        self.absent: dict[str, str] = {}
+
+    def measure(self) -> dict[str, Any]:
+        """Everything waiting, then every load."""
+        arrivals = self._arrivals("poisson", 1.0)
+        waiting = asks(arrivals, self.vocab_size, waiting=True)
+        self._warm(waiting)
+        # One after another takes long: as many as are in flight otherwise are enough.
+        few = {ALONE: waiting[: self.options.concurrency]}
+        runs, losses = self._rounds("closed", {name: few.get(name, waiting) for name in self.sides})
+        result: dict[str, Any] = {
+            "closed": {name: _summaries(served) for name, served in runs.items()},
+            "closed_losses": losses,
+            "all_distinct_over": {
+                name: _ratio(runs, SIDES[-1], name) for name in runs if name != SIDES[-1]
+            },
+            "open": [],
+        }
+        speeds = {
+            name: statistics.median(run.tokens_per_s for run in served)
+            for name, served in runs.items()
+            if name != ALONE
+        }
+        tokens = statistics.fmean(ask.new_tokens for ask in waiting)
+        for kind, of in _loads(self.options.arrivals, speeds):
+            rate = self.options.load * speeds[of] / tokens
+            result["open"].append({"arrivals": kind, "share_of": of, **self._open(kind, rate)})
+        return result
+
+    def _open(self, kind: str, rate: float) -> dict[str, Any]:
+        """All sides under one load."""
+        arrivals = self._arrivals(kind, rate)
+        # A slow load ends early, but not before it has shown something.
+        enough = [a for a in arrivals if a.time <= self.options.seconds]
+        asked = asks(arrivals[: max(len(enough), 8)], self.vocab_size)
+        where = f"open, {kind}, {rate:.2f}/s"
+        runs, losses = self._rounds(where, {n: asked for n in self.sides if n != ALONE})
+        return {
+            "rate": rate,
+            "num_requests": len(asked),
+            "num_users": len({ask.user for ask in asked}),
+            "losses": losses,
+            "sides": {name: _summaries(served) for name, served in runs.items()},
+        }
+
+    def _warm(self, waiting: Sequence[Ask]) -> None:
+        """A short pass of every side pays for what is not serving; a peer that fails is absent."""
+        short = [
+            ask._replace(new_tokens=min(ask.new_tokens, 16))
+            for ask in waiting[: self.options.concurrency]
+        ]
+        for name in list(self.sides):
+            asked = short[:4] if name == ALONE else short
+            self.console.print(f"first pass: {name}")
+            try:
+                self._judge(name, asked, self.sides[name].play(asked, False))
+            except (PeerError, RuntimeError) as error:
+                if name in (*SIDES, ALONE):
+                    raise
+                self.absent[name] = str(error)
+                del self.sides[name]
+
+    def _rounds(
+        self, where: str, asked: Mapping[str, Sequence[Ask]]
+    ) -> tuple[dict[str, list[Served]], dict[str, dict[str, float]]]:
+        """Sides in turn, there and back; the first round is judged."""
+        runs: dict[str, list[Served]] = {name: [] for name in asked}
+        losses: dict[str, dict[str, float]] = {}
+        for number in range(self.options.rounds):
+            for name in runs if number % 2 == 0 else reversed(runs):
+                played = self.sides[name].play(asked[name], where != "closed")
+                served = Served.of(asked[name], played, *_objectives(self.options))
+                runs[name].append(served)
+                self.console.print(
+                    f"{where}, round {number + 1}: {name}: {served.tokens_per_s:.0f} tokens/s, "
+                    f"first token {1e3 * served.first_token.quantile(0.5):.0f} ms"
+                )
+                if number == 0:
+                    losses[name] = self._judge(name, asked[name], played)
+        return runs, losses
+
+    def _judge(self, name: str, asked: Sequence[Ask], played: Played) -> dict[str, float]:
+        wear = self.sides[name].wear
+        try:
+            return self.gate.judge(asked, played, None if wear is None else wear(asked))
+        except RuntimeError as error:
+            raise RuntimeError(f"gate: {name}: {error}") from error
+
+    def _arrivals(self, kind: str, rate: float) -> list[Arrival]:
+        return list(_trace(self.options, kind, rate).arrivals())
+
+
+def show(result: dict[str, Any], absent: dict[str, str], console: Console) -> None:
     """The medians as tables."""
-    table = Table("", "tokens/s", title="closed: all requests waiting")
-    for side, runs in result["closed"].items():
-        table.add_row(side, f"{_median(runs, 'tokens_per_s'):.0f}")
+    table = Table("", "tokens/s", "all distinct ÷ this", title="closed: all requests waiting")
+    for name, runs in result["closed"].items():
+        ratio = result["all_distinct_over"].get(name)
+        shown = "" if ratio is None else f"{ratio:.3f}"
+        table.add_row(name, f"{_median(runs, 'tokens_per_s'):.0f}", shown)
     console.print(table)
-    console.print(
-        f"all distinct ÷ base only {result['all_distinct_over_base']:.3f}, "
-        f"in a batch ÷ one at a time {result['batched_over_one_at_a_time']:.2f}"
-    )
     names = ("ttft_ms_p50", "ttft_ms_p95", "itl_ms_p50", "itl_ms_p95", "goodput_per_s")
-    table = Table("", *names, title=f"open: {result['rate']:.2f} requests a second")
-    for side, runs in result["open"].items():
-        table.add_row(side, *(f"{_median(runs, name):.3g}" for name in names))
-    console.print(table)
+    for load in result["open"]:
+        title = (
+            f"open, {load['arrivals']}: {load['rate']:.2f} requests a second, "
+            f"a share of what {load['share_of']} holds"
+        )
+        table = Table("", *names, "good", title=title)
+        for name, runs in load["sides"].items():
+            cells = [f"{_median(runs, column):.3g}" for column in names]
+            table.add_row(name, *cells, f"{_median(runs, 'good_share'):.0%}")
+        console.print(table)
+    for name, reason in absent.items():
+        console.print(f"{name}: not measured ({reason})")
+
+
+def _summaries(served: Sequence[Served]) -> list[dict[str, float]]:
+    return [run.summary() for run in served]
 
 
 def _ratio(runs: dict[str, list[Served]], mine: str, theirs: str) -> float:
@@ -225,13 +246,25 @@ def _median(runs: Sequence[dict[str, float]], name: str) -> float:
     return statistics.median(run[name] for run in runs)
 
 
+def _loads(kinds: Sequence[str], speeds: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Arrivals, and the side of whose throughput they are a share."""
+    loads = [(kind, SIDES[-1]) for kind in kinds]
+    slowest = min(speeds, key=speeds.__getitem__)
+    if slowest not in SIDES:
+        loads.append((kinds[0], slowest))
+    return loads
+
+
 def _objectives(options: argparse.Namespace) -> tuple[float, float]:
     return options.ttft / 1e3, options.itl / 1e3
 
 
-def _trace(options: argparse.Namespace, rate: float) -> Trace:
+def _trace(options: argparse.Namespace, kind: str, rate: float) -> Trace:
+    on = BURST / (CROWDING * rate)
     return Trace(
         rate=rate,
+        on_seconds=on,
+        off_seconds=(CROWDING - 1) * on if kind == "bursty" else 0.0,
         num_requests=options.requests,
         num_users=options.users,
         prompt=Lengths(options.prompt_tokens, 2 * options.prompt_tokens),
@@ -242,20 +275,30 @@ def _trace(options: argparse.Namespace, rate: float) -> Trace:
     )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command; the exit status."""
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.serving",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser.add_argument(
+        "--peers",
+        default=",".join(PEERS),
+        help=f"comma-separated, of {', '.join(PEERS)}; empty for none",
+    )
+    parser.add_argument("--peers-folder", type=Path, default=FOLDER, help="of setup.sh")
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--users", type=int, default=1000, help="of the open trace")
     parser.add_argument("--concurrency", type=int, default=32, help="answers in flight")
     parser.add_argument("--prompt-tokens", type=int, default=64, help="mean of a prompt")
     parser.add_argument("--output-tokens", type=int, default=64, help="mean of an answer")
+    parser.add_argument(
+        "--arrivals", default="poisson,bursty", help="comma-separated, of poisson, bursty"
+    )
     parser.add_argument("--load", type=float, default=0.6, help="share of the closed throughput")
+    parser.add_argument("--seconds", type=float, default=40.0, help="of arrivals of a load at most")
     parser.add_argument("--ttft", type=float, default=1000.0, help="objective in ms")
     parser.add_argument("--itl", type=float, default=100.0, help="objective in ms")
     parser.add_argument("--rounds", type=int, default=3)
@@ -263,14 +306,50 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=None, metavar="FILE")
     options = parser.parse_args(arguments)
+    for name, known in (("peers", tuple(PEERS)), ("arrivals", ("poisson", "bursty"))):
+        chosen = list(dict.fromkeys(word for word in getattr(options, name).split(",") if word))
+        if not set(chosen) <= set(known):
+            parser.error(f"--{name}: expected some of {', '.join(known)}, got {', '.join(chosen)}")
+        setattr(options, name, chosen)
+    if not options.arrivals:
+        parser.error("--arrivals: expected at least one")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; 1 where a gate fails."""
+    options = parse(arguments)
     threads = set_threads(options.threads)
     console = Console()
     model = LanguageModel.load(options.model, dtype="bfloat16", show_progress=True)
-    result = measure(Server(model, options), console)
-    show(result, console)
+    gate = Gate(model.folder)
+    ours = Ours(model, options)
+    sides = {name: ours.side(name) for name in (*SIDES, ALONE)}
+    with ExitStack() as stack:
+        peers, absent = start_peers(options, model.folder, stack, console)
+        for name, peer in peers.items():
+            sides[name] = peer_side(name, peer, model.folder, options.concurrency)
+        bench = Benchmark(sides, gate, model.decoder.config.vocab_size, options, console)
+        try:
+            result = bench.measure()
+        except RuntimeError as error:
+            console.print(str(error))
+            return 1
+    absent |= bench.absent
+    show(result, absent, console)
     if options.json is not None:
-        settings = {k: v for k, v in vars(options).items() if k != "json"}
-        record = {"machine": {**machine(), "threads": threads}, "settings": settings, **result}
+        settings = {k: v for k, v in vars(options).items() if k not in ("json", "peers_folder")}
+        record = {
+            "machine": {**machine(), "threads": threads},
+            "settings": settings,
+            "peers": {
+                name: {"version": peer.version, "settings": peer.settings}
+                for name, peer in peers.items()
+                if name not in absent
+            },
+            "absent": absent,
+            **result,
+        }
         options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return 0
 

@@ -16,10 +16,12 @@ import select
 import signal
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
+from benchmarks.peers.play import Ask, Played
 from benchmarks.peers.worker import Decoded, Prefilled
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,11 +31,15 @@ SETUP = "benchmarks/peers/setup.sh"
 
 
 class Spec(NamedTuple):
-    """How a peer is run: its environment, the module in it, and the mode's arguments."""
+    """How a peer is run: its environment, the module in it, and the mode's arguments.
+
+    ``no_serving``: why it cannot batch continuously, or None if it can.
+    """
 
     environment: str
     module: str
     arguments: tuple[str, ...] = ()
+    no_serving: str | None = None
 
 
 PEERS = {
@@ -42,7 +48,12 @@ PEERS = {
     "vllm_eager": Spec("vllm", "benchmarks.peers.serve_vllm", ("--eager",)),
     "vllm_lora": Spec("vllm", "benchmarks.peers.serve_vllm", ("--lora",)),
     "hf": Spec("hf", "benchmarks.peers.serve_hf"),
-    "peft": Spec("peft", "benchmarks.peers.serve_peft"),
+    "peft": Spec(
+        "peft",
+        "benchmarks.peers.serve_peft",
+        no_serving="its adapters are one a row of a batch, and transformers' continuous batching "
+        "packs all requests into one row; a batch that nobody can join is another thing",
+    ),
 }
 
 
@@ -50,12 +61,16 @@ class PeerError(RuntimeError):
     """A peer that could not be started or asked. Its process has ended when this is raised."""
 
 
-def available(name: str, *, folder: Path = FOLDER) -> str | None:
+def available(name: str, *, folder: Path = FOLDER, serving: bool = False) -> str | None:
     """Why the peer cannot be run from the environments in ``folder``, or None if it can.
+
+    serving: it is to batch continuously, which not every peer can.
 
     Raises ``ValueError`` for a name that is no peer.
     """
     spec = _spec(name)
+    if serving and spec.no_serving is not None:
+        return f"{name}: {spec.no_serving}"
     environment = folder / spec.environment
     if not _python(environment).exists():
         return f"{name}: there is no environment {environment}; make it with {SETUP}"
@@ -65,7 +80,8 @@ def available(name: str, *, folder: Path = FOLDER) -> str | None:
 
 
 class Peer:
-    """A running worker. ``name``, ``version`` and ``settings`` are what it said of itself.
+    """A running worker. ``name``, ``version`` and ``settings`` are what it said of itself, ``work``
+    is where its derived files lie.
 
     model: folder with ``config.json`` and bf16 ``model.safetensors``.
     folder: where ``setup.sh`` made the environments.
@@ -101,6 +117,7 @@ class Peer:
         self._timeout = timeout
         self._buffer = b""
         self._label = name
+        self.work = work
         self._log = work / f"{name}.log"
         command = [
             str(_python(folder / spec.environment).absolute()),
@@ -148,6 +165,20 @@ class Peer:
         """Time the reading of ``prompt`` by one sequence."""
         answer = self._ask({"op": "prefill", "prompt_tokens": prompt}, Prefilled._fields)
         return Prefilled(**answer)
+
+    def serve(self, asked: Sequence[Ask], concurrency: int, step_tokens: int) -> Played:
+        """Have requests, in order of time, answered as they come, by continuous batching."""
+        request = {
+            "op": "serve",
+            "requests": [one._asdict() for one in asked],
+            "concurrency": concurrency,
+            "step_tokens": step_tokens,
+        }
+        played = Played(**self._ask(request, Played._fields))
+        wanted = [one.new_tokens for one in asked]
+        if [len(times) for times in played.times] != wanted:
+            self._fail("serve did not write the tokens that were asked for")
+        return played
 
     def close(self) -> None:
         """End the worker: with its consent within ten seconds, without it after."""

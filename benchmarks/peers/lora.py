@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 RANK = 16
-SCALE = 0.02  # standard deviation of A and of B: enough to change what the model says
+SCALE = 0.06  # standard deviation of A and of B: the wrong adapter's text is a nat a token off
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
+# Adapters of a trace; of a small model, ten megabytes each, which a peer holds twice.
+MAX_ADAPTERS = 128
+
+
+def numbers(users: Sequence[int]) -> list[int]:
+    """The adapter of each request: users in the order in which they come get 0, 1, ...
+
+    After ``MAX_ADAPTERS`` users it begins again, and users share.
+    """
+    found: dict[int, int] = {}
+    return [found.setdefault(user, len(found)) % MAX_ADAPTERS for user in users]
 
 
 def adapter(model: Path, work: Path, index: int) -> Path:
@@ -21,7 +33,7 @@ def adapter(model: Path, work: Path, index: int) -> Path:
     import torch
     from safetensors.torch import save_file
 
-    folder = work / f"lora-{model.name}-r{RANK}" / str(index)
+    folder = work / f"lora-{model.name}-r{RANK}-std{SCALE}" / str(index)
     if (folder / "adapter_config.json").is_file():
         return folder
     folder.mkdir(parents=True, exist_ok=True)

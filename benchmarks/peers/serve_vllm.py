@@ -8,6 +8,10 @@ others' has made more by then and is counted less.
 Compiled unless ``--eager``. With ``--lora`` the engine is built for exactly as many adapters as the
 batch has rows (rank 16, seven linears, bf16), so a new batch size builds a new engine, outside the
 clock; without, one engine serves batches up to 64.
+
+Serving has an engine of its own, with as many adapters on hand as answers are in flight and all
+others in memory: what the clock sees of an adapter is its move into a slot. Prompts of a trace
+share nothing, so the prefix cache stays off.
 """
 
 from __future__ import annotations
@@ -18,13 +22,23 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.peers import lora, worker
+from benchmarks.peers.play import Ask, Played, play
 
 MAX_BATCH = 64
 MAX_LENGTH = 2048
+STEP_TOKENS = 4096
 CACHE_BYTES = 2 << 30
+
+
+class Shape(NamedTuple):
+    """Of an engine: rows and tokens of a step at most, adapters in memory."""
+
+    rows: int
+    step_tokens: int
+    adapters: int
 
 
 class Vllm:
@@ -48,7 +62,7 @@ class Vllm:
         self.name = "vllm_lora" if adapters else "vllm_eager" if eager else "vllm"
         self.version = vllm.__version__
         self.engine: Any = None
-        self.rows = 0
+        self.shape = Shape(0, 0, 0)
         self.requests = 0
         self.settings = {
             "threads": threads,
@@ -56,12 +70,13 @@ class Vllm:
             "compiled": not eager,
             "openmp": openmp,
             "adapters": f"one a row, r={lora.RANK}, 7 linears, bf16" if adapters else "none",
+            "serving": f"one adapter a user, {lora.MAX_ADAPTERS} at most" if adapters else "base",
             "torch": torch.__version__,
         }
-        self._have(1)
+        self._have(self._shape(1))
 
     def decode(self, batch: int, prompt: list[int], new_tokens: int) -> worker.Decoded:
-        self._have(batch)
+        self._have(self._shape(batch))
         rows = self._add(batch, prompt, new_tokens + 1)
         while not all(rows.values()):
             self._step(rows)
@@ -77,16 +92,40 @@ class Vllm:
         return worker.Decoded(seconds, sum(map(len, made)) - before, first)
 
     def prefill(self, prompt: list[int]) -> worker.Prefilled:
-        self._have(1)
+        self._have(self._shape(1))
         begin = time.perf_counter()
         rows = self._add(1, prompt, 1)
         while self.engine.has_unfinished_requests():
             self._step(rows)
         return worker.Prefilled(time.perf_counter() - begin, len(prompt))
 
+    def serve(self, asked: list[Ask], concurrency: int, step_tokens: int) -> Played:
+        self._have(Shape(concurrency, step_tokens, max(concurrency, lora.MAX_ADAPTERS)))
+        numbers = lora.numbers([ask.user for ask in asked])
+        if self.adapters:
+            for number in sorted(set(numbers)):
+                self.engine.add_lora(self._adapter(number))
+        indices: dict[str, int] = {}
+
+        def add(index: int) -> None:
+            ask = asked[index]
+            indices[self._queue(ask.prompt_tokens, ask.new_tokens, numbers[index])] = index
+
+        def step() -> list[tuple[int, int]]:
+            return [
+                (indices[output.request_id], token)
+                for output in self.engine.step()
+                for token in output.outputs[0].token_ids
+            ]
+
+        return play(asked, add, step)
+
     def _add(self, batch: int, prompt: list[int], new_tokens: int) -> dict[str, list[int]]:
         """Queue the rows; where their tokens will be put, by request."""
-        from vllm.lora.request import LoRARequest
+        return {self._queue(prompt, new_tokens, row): [] for row in range(batch)}
+
+    def _queue(self, prompt: list[int], new_tokens: int, number: int) -> str:
+        """Queue a request of the user of adapter ``number``; its name."""
         from vllm.sampling_params import RequestOutputKind
 
         sampling = self.vllm.SamplingParams(
@@ -96,27 +135,33 @@ class Vllm:
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
         )
-        rows: dict[str, list[int]] = {}
-        for row in range(batch):
-            self.requests += 1
-            name = str(self.requests)
-            rows[name] = []
-            user = None
-            if self.adapters:
-                path = str(lora.adapter(self.folder, self.work, row))
-                user = LoRARequest(f"user{row}", row + 1, path)
-            self.engine.add_request(name, {"prompt_token_ids": prompt}, sampling, lora_request=user)
-        return rows
+        self.requests += 1
+        name = str(self.requests)
+        user = self._adapter(number) if self.adapters else None
+        self.engine.add_request(name, {"prompt_token_ids": prompt}, sampling, lora_request=user)
+        return name
+
+    def _adapter(self, number: int) -> Any:
+        from vllm.lora.request import LoRARequest
+
+        path = str(lora.adapter(self.folder, self.work, number))
+        return LoRARequest(f"user{number}", number + 1, path)
 
     def _step(self, rows: dict[str, list[int]]) -> None:
         for output in self.engine.step():
             rows[output.request_id].extend(output.outputs[0].token_ids)
 
-    def _have(self, batch: int) -> None:
-        """Have an engine for ``batch`` rows."""
+    def _shape(self, batch: int) -> Shape:
+        """Of the engine for the steps of a batch."""
         if batch > MAX_BATCH:
             raise ValueError(f"batch: expected at most {MAX_BATCH}, got {batch}")
-        if self.engine is not None and (batch == self.rows or not self.adapters):
+        return Shape(batch if self.adapters else MAX_BATCH, STEP_TOKENS, batch)
+
+    def _have(self, shape: Shape) -> None:
+        """Have an engine of this shape."""
+        if not self.adapters:
+            shape = shape._replace(adapters=0)
+        if self.engine is not None and shape == self.shape:
             return
         self.engine = None
         gc.collect()
@@ -124,8 +169,8 @@ class Vllm:
         if self.adapters:
             options = {
                 "enable_lora": True,
-                "max_loras": batch,
-                "max_cpu_loras": batch,
+                "max_loras": shape.rows,
+                "max_cpu_loras": shape.adapters,
                 "max_lora_rank": lora.RANK,
             }
         self.engine = self.vllm.LLMEngine.from_engine_args(
@@ -134,8 +179,8 @@ class Vllm:
                 skip_tokenizer_init=True,
                 dtype="bfloat16",
                 max_model_len=MAX_LENGTH,
-                max_num_seqs=batch if self.adapters else MAX_BATCH,
-                max_num_batched_tokens=4096,
+                max_num_seqs=shape.rows,
+                max_num_batched_tokens=shape.step_tokens,
                 kv_cache_memory_bytes=CACHE_BYTES,
                 enable_prefix_caching=False,
                 enforce_eager=self.eager,
@@ -143,7 +188,7 @@ class Vllm:
                 **options,
             )
         )
-        self.rows = batch
+        self.shape = shape
 
 
 def preload_openmp() -> None:

@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 from benchmarks.peers import worker
+from benchmarks.peers.play import Ask, Played
 
 
 class Fake:
@@ -42,6 +43,21 @@ class Fake:
     def prefill(self, prompt: list[int]) -> worker.Prefilled:
         return worker.Prefilled(0.25, len(prompt))
 
+    def serve(self, asked: list[Ask], concurrency: int, step_tokens: int) -> Played:
+        """Every token half a second after the one before; the limits are the first answer's."""
+        times = [[ask.time + 0.5 * (i + 1) for i in range(ask.new_tokens)] for ask in asked]
+        if self.mode == "lazy":
+            times[-1].pop()
+        first = [[ask.user, *ask.prompt_tokens] for ask in asked]
+        first[0] = [concurrency, step_tokens]
+        return Played(max(moments[-1] for moments in times), times, first)
+
+
+class Alone(Fake):
+    """An engine that cannot batch continuously."""
+
+    serve = None  # type: ignore[assignment]
+
 
 def main() -> int:
     parser = worker.parser("fake")
@@ -55,7 +71,8 @@ def main() -> int:
             raise ImportError("no module named engine")
         if options.mode == "slow-start":
             time.sleep(600)
-        return Fake(options.mode, options.threads, options.marker)
+        kind = Alone if options.mode == "alone" else Fake
+        return kind(options.mode, options.threads, options.marker)
 
     if options.mode == "silent":
         return 3

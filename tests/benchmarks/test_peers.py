@@ -16,6 +16,7 @@ import pytest
 
 from benchmarks.peers import client
 from benchmarks.peers.client import PEERS, ROOT, Peer, PeerError, Spec, available
+from benchmarks.peers.play import Ask
 
 MODULE = "tests.benchmarks.fake_peer"
 Start = Callable[..., Peer]
@@ -59,6 +60,15 @@ def ask_worker(*lines: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+REQUEST = {"time": 0.0, "user": 0, "prompt_tokens": [1], "new_tokens": 1}
+
+
+def serve_line(**changes: Any) -> str:
+    """A request to serve, as a line."""
+    good = {"op": "serve", "requests": [REQUEST], "concurrency": 1, "step_tokens": 8}
+    return json.dumps(good | changes)
+
+
 def until(condition: Callable[[], bool]) -> bool:
     """Whether the condition comes true within half a minute."""
     deadline = time.monotonic() + 30
@@ -89,6 +99,27 @@ def test_a_peer_says_what_it_is_and_answers(start: Start) -> None:
         decoded = peer.decode(batch=2, prompt=[5, 6], new_tokens=10)
         assert decoded == (0.5, 20, [[6, 7, 8, 9], [7, 8, 9, 10]])
         assert peer.prefill([5, 6, 7]) == (0.25, 3)
+
+
+def test_a_peer_serves_requests_as_they_come(start: Start) -> None:
+    asked = [Ask(0.0, 4, [5, 6], 2), Ask(0.25, 7, [8], 1)]
+    with start() as peer:
+        played = peer.serve(asked, concurrency=3, step_tokens=64)
+    assert played == (1.0, [[0.5, 1.0], [0.75]], [[3, 64], [7, 8]])
+
+
+def test_an_answer_that_lacks_a_token_is_refused(start: Start) -> None:
+    peer = start("lazy")
+    with pytest.raises(PeerError, match="did not write the tokens"):
+        peer.serve([Ask(0.0, 0, [1], 2), Ask(0.0, 0, [1], 2)], concurrency=1, step_tokens=8)
+    assert ended(peer._process.pid)
+
+
+def test_a_peer_that_cannot_batch_continuously_says_so(start: Start) -> None:
+    peer = start("alone")
+    with pytest.raises(PeerError, match="fake does not batch continuously"):
+        peer.serve([Ask(0.0, 0, [1], 2)], concurrency=1, step_tokens=8)
+    assert "packs all requests into one row" in str(available("peft", serving=True))
 
 
 def test_what_libraries_print_is_no_answer(start: Start, tmp_path: Path) -> None:
@@ -227,6 +258,16 @@ def test_every_peer_has_its_worker() -> None:
         (
             '{"op": "decode", "batch": 1, "prompt_tokens": [1], "new_tokens": true}',
             "new_tokens: expected an integer of at least 1, got True",
+        ),
+        (serve_line(concurrency=0), "concurrency: expected an integer of at least 1, got 0"),
+        (serve_line(requests=[]), "requests: expected a list of objects, not empty"),
+        (serve_line(requests=[1]), "requests: expected objects, got 1"),
+        (serve_line(requests=[{"time": 0}]), "a request takes ['new_tokens', 'prompt_tokens', "),
+        (serve_line(requests=[REQUEST | {"user": -1}]), "user: expected a number of at least 0"),
+        (serve_line(requests=[REQUEST | {"time": "now"}]), "time: expected seconds from 0 on"),
+        (
+            serve_line(requests=[REQUEST | {"time": 2}, REQUEST | {"time": 1}]),
+            "time: expected seconds from 2 on, got 1",
         ),
     ],
 )

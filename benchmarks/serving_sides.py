@@ -1,0 +1,156 @@
+"""What serves in `benchmarks.serving`: our engine in three ways, and the peers."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from benchmarks.modulated import LATENT_DIM, random_modulator
+from benchmarks.peers.client import Peer, PeerError, available
+from benchmarks.peers.play import Ask, Played, play
+from benchmarks.serving_gate import Wear, wear_adapters
+from fssa_runtime.conditioning.merge import merged
+from fssa_runtime.conditioning.table import ModulationTable
+from fssa_runtime.conditioning.user_weights import UserWeights
+from fssa_runtime.engine.engine import Engine
+from fssa_runtime.models.language_model import LanguageModel
+from fssa_runtime.request import Request, SamplingParams
+
+SIDES = ("base only", "one user", "all distinct")
+ALONE = "all distinct, one at a time"
+# Of users' weights: with these, the gate sees whose they are in what is written.
+STRENGTH = 8.0
+PEERS = {
+    "llama.cpp": "llama_cpp",
+    "vllm": "vllm",
+    "vllm_lora": "vllm_lora",
+    "hf": "hf",
+    "peft": "peft",
+}
+
+
+@dataclasses.dataclass
+class Side:
+    """Something that serves. ``play`` takes requests and whether users come back.
+
+    ``wear``: whose weights each request is judged under, or None for the base model's.
+    """
+
+    play: Callable[[Sequence[Ask], bool], Played]
+    wear: Callable[[Sequence[Ask]], Wear] | None = None
+
+
+class Ours:
+    """One model, engines with and without modulation, and people."""
+
+    def __init__(self, model: LanguageModel, options: argparse.Namespace) -> None:
+        self.model, self.options = model, options
+        self.modulator = random_modulator(model.decoder.config)
+        self._people: dict[int, UserWeights] = {}
+
+    def side(self, name: str) -> Side:
+        def wear(asked: Sequence[Ask]) -> Wear:
+            return lambda model, index: merged(
+                model, self.modulator, self._user(name, asked[index]).make_row()
+            )
+
+        return Side(
+            lambda asked, come_back: self.play(name, asked, prefix_cache=come_back),
+            None if name == "base only" else wear,
+        )
+
+    def play(self, name: str, asked: Sequence[Ask], *, prefix_cache: bool) -> Played:
+        engine = self._engine(name, prefix_cache=prefix_cache)
+        requests = [
+            Request(
+                ask.prompt_tokens,
+                None if name == "base only" else self._user(name, ask),
+                SamplingParams(max_tokens=ask.new_tokens),
+            )
+            for ask in asked
+        ]
+        indices: dict[int, int] = {}
+
+        def add(index: int) -> None:
+            indices[engine.add(requests[index])] = index
+
+        def step() -> list[tuple[int, int]]:
+            return [(indices[event.request], event.token) for event in engine.step()]
+
+        return play(asked, add, step)
+
+    def _engine(self, name: str, *, prefix_cache: bool) -> Engine:
+        batch = 1 if name == ALONE else self.options.concurrency
+        limits: dict[str, Any] = {
+            "max_batch_size": batch,
+            "max_batch_tokens": step_tokens(batch),
+            "max_kv_tokens": batch * 2 * (self.options.prompt_tokens + self.options.output_tokens),
+            "prefix_cache": prefix_cache,
+        }
+        decoder = self.model.decoder
+        if name == "base only":
+            return Engine(decoder, frozenset(), **limits)
+        table = ModulationTable(self.modulator.layout, max(batch, 64))
+        nobody = torch.zeros(0, dtype=torch.int32)
+        modulation = self.modulator.bind(table.rows, nobody, dtype=decoder.dtype)
+        return Engine(decoder, frozenset(), modulation, table, **limits)
+
+    def _user(self, name: str, ask: Ask) -> UserWeights:
+        number = 0 if name == "one user" else ask.user
+        if number not in self._people:
+            generator = torch.Generator().manual_seed(number)
+            with torch.no_grad():
+                row = self.modulator.rows(torch.randn(1, LATENT_DIM, generator=generator))[0]
+            self._people[number] = UserWeights.of_row(STRENGTH * row)
+        return self._people[number]
+
+
+def peer_side(name: str, peer: Peer, model: Path, concurrency: int) -> Side:
+    """A peer with a started worker; ``model`` is the folder it was started on."""
+
+    def wear(asked: Sequence[Ask]) -> Wear:
+        return wear_adapters(asked, model, peer.work)
+
+    return Side(
+        lambda asked, _: peer.serve(asked, concurrency, step_tokens(concurrency)),
+        wear if name == "vllm_lora" else None,
+    )
+
+
+def start_peers(
+    options: argparse.Namespace, model: Path, stack: ExitStack, console: Console
+) -> tuple[dict[str, Peer], dict[str, str]]:
+    """The peers that can be run, started, and why the others are absent."""
+    peers: dict[str, Peer] = {}
+    absent: dict[str, str] = {}
+    for name in [PEERS[chosen] for chosen in options.peers]:
+        reason = available(name, folder=options.peers_folder, serving=True)
+        if reason is None:
+            console.print(f"starting {name}")
+            try:
+                peers[name] = stack.enter_context(
+                    Peer(
+                        name,
+                        model=model,
+                        folder=options.peers_folder,
+                        threads=torch.get_num_threads(),
+                        timeout=3600.0,
+                    )
+                )
+            except PeerError as error:
+                reason = str(error)
+        if reason is not None:
+            absent[name] = reason
+    return peers, absent
+
+
+def step_tokens(batch: int) -> int:
+    """Tokens of a step at most, on every side."""
+    return max(batch, 512)
