@@ -324,6 +324,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     model = LanguageModel.load(options.model, dtype="bfloat16", show_progress=True)
     gate = Gate(model.folder)
     ours = Ours(model, options)
+    slot_costs = ours.slot_costs()
+    console.print(
+        f"a user's row: found in {slot_costs['find_ms']:.3f} ms, filled in "
+        f"{slot_costs['fill_ms']:.3f} ms"
+    )
     sides = {name: ours.side(name) for name in (*SIDES, ALONE)}
     with ExitStack() as stack:
         peers, absent = start_peers(options, model.folder, stack, console)
@@ -348,6 +353,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 if name not in absent
             },
             "absent": absent,
+            "slots": slot_costs,
             **result,
         }
         options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import statistics
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,6 +22,7 @@ from fssa_runtime.conditioning.merge import merged
 from fssa_runtime.conditioning.table import ModulationTable
 from fssa_runtime.conditioning.user_weights import UserWeights
 from fssa_runtime.engine.engine import Engine
+from fssa_runtime.engine.slots import SlotCache
 from fssa_runtime.models.language_model import LanguageModel
 from fssa_runtime.request import Request, SamplingParams
 
@@ -85,6 +88,26 @@ class Ours:
             return [(indices[event.request], event.token) for event in engine.step()]
 
         return play(asked, add, step)
+
+    def slot_costs(self, num_users: int = 500) -> dict[str, float]:
+        """Milliseconds, in the median, to find a user's row in the table and to fill one anew from
+        the latent, in place of who has not written for longest."""
+        table = ModulationTable(self.modulator.layout, 64)
+        slots = SlotCache(table)
+        latents = torch.randn(num_users, LATENT_DIM, generator=torch.Generator().manual_seed(1))
+
+        def weights(z: torch.Tensor) -> UserWeights:
+            return UserWeights(z.numpy().tobytes(), lambda: self.modulator.rows(z[None])[0])
+
+        times: dict[str, list[float]] = {"fill_ms": [], "find_ms": []}
+        for user in map(weights, latents):
+            for kind in ("fill_ms", "find_ms"):
+                start = time.perf_counter()
+                slots.acquire(user)
+                times[kind].append(1e3 * (time.perf_counter() - start))
+                slots.release(user)
+        assert slots.stats.filled == slots.stats.found == num_users
+        return {kind: statistics.median(each) for kind, each in times.items()}
 
     def _engine(self, name: str, *, prefix_cache: bool) -> Engine:
         batch = 1 if name == ALONE else self.options.concurrency
