@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from fssa_kernels.native import NATIVE
+
 
 @pytest.fixture(autouse=True)
 def _poisoned_outputs():
@@ -21,3 +23,11 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", params=NATIVE.instruction_sets() if NATIVE else [])
+def each_instruction_set(request):
+    before = NATIVE.instruction_set()
+    NATIVE.set_instruction_set(request.param)
+    yield
+    NATIVE.set_instruction_set(before)
