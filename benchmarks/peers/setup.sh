@@ -6,7 +6,8 @@ usage() {
     cat <<'TEXT'
 usage: benchmarks/peers/setup.sh [--python PYTHON] [FOLDER] [PEER ...]
 
-Makes FOLDER/PEER (default: runs/peers) for each PEER: llama_cpp, peft, vllm, hf (default: all).
+Makes FOLDER/PEER (default: runs/peers) for each PEER: llama_cpp, peft, vllm, hf (default: these), and
+xlogit, which benchmarks/people.py compares with.
 An environment that is finished and up to date is left alone. A peer that cannot be installed is
 reported, the others are still made, and the exit status is 1.
 
@@ -71,6 +72,10 @@ install_peft() {
     install_torch peft && "$folder/peft/bin/pip" install --quiet -r "$here/requirements-peft.txt"
 }
 
+install_xlogit() {
+    "$folder/xlogit/bin/pip" install --quiet -r "$here/requirements-xlogit.txt"
+}
+
 install_vllm() {
     # Its metadata asks for torchvision, torchaudio and torchcodec, which text does not need: the
     # requirements are the whole list, and pip adds nothing to it.
@@ -85,6 +90,7 @@ check() {
         llama_cpp) program='import llama_cpp, gguf, numpy' ;;
         vllm) program='import torch; assert torch.version.cuda is None; import vllm._C, vllm' ;;
         hf) program='import torch; assert torch.version.cuda is None; import transformers' ;;
+        xlogit) program='import xlogit' ;;
         peft) program='import torch; assert torch.version.cuda is None; import peft' ;;
     esac
     (cd "$folder" && "$folder/$1/bin/python" -c "$program")

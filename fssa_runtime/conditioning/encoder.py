@@ -217,14 +217,23 @@ class PreferenceEncoder(nn.Module):
         """Multiply every latent this encoder gives by `factor` > 0, exactly, in its weights."""
         if not factor > 0:
             raise ValueError(f"factor: expected a positive number, got {factor}")
-        if self.config.stochastic:
-            raise ValueError(
-                "scale_latents: expected a deterministic encoder, got a stochastic one"
-            )
-        last = self.h2[-1]
-        assert isinstance(last, nn.Linear)
+        last = self._last_layer()
         for parameter in (last.weight, last.bias, self.prior):
             parameter.mul_(factor)
+
+    @torch.no_grad()
+    def centre_latents(self) -> None:
+        """Subtract the prior from every latent this encoder gives, exactly, in its weights: a user
+        without choices then is at zero."""
+        self._last_layer().bias.sub_(self.prior)
+        self.prior.zero_()
+
+    def _last_layer(self) -> nn.Linear:
+        if self.config.stochastic:
+            raise ValueError("expected a deterministic encoder, got a stochastic one")
+        last = self.h2[-1]
+        assert isinstance(last, nn.Linear)
+        return last
 
     def summarise(self, chosen: Tensor, rejected: Tensor, mask: Tensor) -> ContextSummary:
         """Σ_j h1(...) and n of the given choices; arguments as for `forward`.

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from typing_extensions import Self
 
+from ..errors import InputError
 from .modulation import LinearFamily
 
 Family = LinearFamily | Literal["film"]
@@ -30,10 +31,10 @@ BLOCK = "block"
 
 
 class FamilyConfig(BaseModel):
-    """One family of modulation and the sites it acts on, in every layer.
+    """One family of modulation and the sites it acts on, in ``layers`` (None: in every one).
 
     ``static``, ``gated``, ``core`` and ``factors`` act on ``sites`` (linears) with ``rank``;
-    ``film`` acts on the output of every block and has neither.
+    ``film`` acts on the output of blocks and has neither.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -41,6 +42,7 @@ class FamilyConfig(BaseModel):
     family: Family
     sites: tuple[LinearName, ...] = ()
     rank: int = Field(default=0, ge=0)
+    layers: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(default=None, min_length=1)
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
@@ -51,7 +53,13 @@ class FamilyConfig(BaseModel):
             raise ValueError(f"{self.family}: expected sites (of {', '.join(LINEARS)}) and a rank")
         if len(set(self.sites)) != len(self.sites):
             raise ValueError(f"{self.family}: a site is named twice in {list(self.sites)}")
+        if self.layers is not None and len(set(self.layers)) != len(self.layers):
+            raise ValueError(f"{self.family}: a layer is named twice in {list(self.layers)}")
         return self
+
+    def acts_on(self, layer: int) -> bool:
+        """Whether it has sites in this layer."""
+        return self.layers is None or layer in self.layers
 
 
 class ModulatorConfig(BaseModel):
@@ -127,8 +135,17 @@ class RowLayout:
     def __init__(self, config: ModulatorConfig, decoder: BaseShape) -> None:
         shapes = _group_shapes(decoder)
         found: list[Site] = []
+        for family in config.families:
+            beyond = [layer for layer in family.layers or () if layer >= decoder.num_layers]
+            if beyond:
+                raise InputError(
+                    f"{family.family}: layers: expected some of the model's 0.."
+                    f"{decoder.num_layers - 1}, got {beyond}"
+                )
         for layer in range(decoder.num_layers):
             for family in config.families:
+                if not family.acts_on(layer):
+                    continue
                 if family.family == "film":
                     width = 2 * decoder.hidden_size
                     found.append(

@@ -18,7 +18,8 @@ from ..files import write_atomically
 from ..models.language_model import Content, LanguageModel
 from ..users.examples import write_users
 from .answers import AnswerConfig, read_answers, read_prompts, sample_answers
-from .policy import CONDITIONING_DIR, PolicyConfig, train_policy
+from .policy import CONDITIONING_DIR, train_policy
+from .policy_recipe import PolicyConfig
 from .population import (
     NamedUsersConfig,
     PopulationConfig,
@@ -46,14 +47,20 @@ def train_reward_command(config_file: Path, *, resume: bool, overwrite: bool) ->
     for split, measured in result.metrics.items():
         if not (isinstance(measured, dict) and "contexts" in measured):
             continue
-        table = Table("choices", "accuracy", "± s.e.", title=split.replace("_", " "))
-        limits = any("bayes_accuracy" in entry for entry in measured["contexts"].values())
+        title = split.replace("_", " ")
+        table = Table(
+            "choices", "accuracy", "± s.e.", "NLL, nats", "calibration error", title=title
+        )
+        limits = any("bayes_nll_same_tasks" in e for e in measured["contexts"].values())
         if limits:
-            table.add_column("Bayes limit")
+            table.add_column("best accuracy")
+            table.add_column("best NLL")
         for n, entry in measured["contexts"].items():
             cells = [n, f"{100 * entry['accuracy']:.2f} %", _percent(entry["accuracy_se"])]
+            cells += [f"{entry['nll']:.4f}", _percent(entry["calibration_error"])]
             if limits:
-                cells.append(_percent(entry["bayes_accuracy"]))
+                cells.append(_percent(entry["bayes_accuracy_same_tasks"]))
+                cells.append(f"{entry['bayes_nll_same_tasks']:.4f}")
             table.add_row(*cells)
         console.print(table)
     console.print(f"trained in {result.fit.seconds:.0f} s; written to {config.train.output_dir}")
@@ -65,14 +72,23 @@ def train_policy_command(config_file: Path, *, resume: bool, overwrite: bool) ->
     model = LanguageModel.load(config.model, dtype=config.dtype, show_progress=True)
     result = train_policy(config, model)
     console = Console()
-    table = Table("choices", "accuracy", "± s.e.", title="implicit reward, new users and prompts")
-    for entry in result.metrics["heldout"]:
-        table.add_row(
-            str(entry["n"]), _percent(entry["accuracy"]), _percent(entry["standard_error"])
-        )
+    table = Table(
+        "choices",
+        "accuracy",
+        "± s.e.",
+        "worst kind of users",
+        title="implicit reward, new users and prompts",
+    )
+    for n, entry in result.metrics["heldout"]["contexts"].items():
+        worst = f"{100 * entry['worst_accuracy']:.1f} % {entry['worst_mode']}"
+        table.add_row(n, _percent(entry["accuracy"]), _percent(entry["accuracy_se"]), worst)
     console.print(table)
-    folder = config.train.output_dir / CONDITIONING_DIR
-    console.print(f"trained in {result.fit.seconds:.0f} s; checkpoint: {folder}")
+    folder = config.train.output_dir
+    if result.fit is None:
+        console.print(f"nothing was trained; written to {folder}")
+    else:
+        checkpoint = folder / CONDITIONING_DIR
+        console.print(f"trained in {result.fit.seconds:.0f} s; checkpoint: {checkpoint}")
 
 
 def answers_command(model: str, prompts: Path, config_file: Path, output: Path) -> None:

@@ -5,22 +5,30 @@ One JSON object a line, in the format people already have for preference tuning,
     {"user": "u17", "prompt": "...", "chosen": "...", "rejected": "..."}
 
 `prompt`, `chosen` and `rejected` are all text or all lists of chat messages
-(`{"role": ..., "content": ...}`). `user` is text or an integer. An optional `mode` names the
+(`{"role": ..., "content": ...}`). A choice among more than two has a list of such things as
+`rejected`: one preferred to several. `user` is text or an integer. An optional `mode` names the
 user's hidden group where it is known; it is read by evaluation only. Other fields are ignored.
 Files may be gzip-compressed.
 """
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from fssa_runtime.training.records import (
+    PreferenceError,
+    describe,
+    mode_of,
+    need_fields,
+    numbered_records,
+    user_of,
+)
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -35,19 +43,21 @@ class Message(NamedTuple):
 Content = str | tuple[Message, ...]
 
 
-class PreferenceError(ValueError):
-    """A line of a preference file is not what it should be; the text says where and why."""
-
-
 @dataclass(frozen=True)
 class Preference:
-    """`user` preferred `chosen` to `rejected` as the answer to `prompt`."""
+    """`user` preferred `chosen` to `rejected` as the answer to `prompt`; in a choice among several
+    also to each of `also_rejected`."""
 
     user: str
     prompt: Content
     chosen: Content
     rejected: Content
     mode: str = ""
+    also_rejected: tuple[Content, ...] = ()
+
+    @property
+    def all_rejected(self) -> tuple[Content, ...]:
+        return (self.rejected, *self.also_rejected)
 
 
 @dataclass(frozen=True)
@@ -111,10 +121,13 @@ def iter_preferences(path: str | Path) -> Iterator[Preference]:
         yield preference
 
 
-def read_preferences(paths: str | Path | Sequence[str | Path]) -> PreferenceData:
+def read_preferences(
+    paths: str | Path | Sequence[str | Path], *, pairs_only: bool = True
+) -> PreferenceData:
     """All preferences of one or several files; errors as for `iter_preferences`.
 
-    Also an error: no preference at all, or a user whose `mode` is not the same on every line.
+    Also an error: no preference at all, a user whose `mode` is not the same on every line, and with
+    `pairs_only` a choice among more than two.
     """
     files = [paths] if isinstance(paths, str | Path) else list(paths)
     preferences: list[Preference] = []
@@ -122,6 +135,11 @@ def read_preferences(paths: str | Path | Sequence[str | Path]) -> PreferenceData
     for file in files:
         for number, preference in _numbered_preferences(Path(file)):
             where = f"{file}:{number}"
+            if pairs_only and preference.also_rejected:
+                raise PreferenceError(
+                    f"{where}: field 'rejected': expected one answer, as only pairs can be used "
+                    f"here, got {len(preference.all_rejected)}"
+                )
             mode, seen = mode_first_seen.setdefault(preference.user, (preference.mode, where))
             if mode != preference.mode:
                 raise PreferenceError(
@@ -176,79 +194,73 @@ def split_preferences(
     return split
 
 
+def rows_of_mode(data: PreferenceData, rows: np.ndarray, mode: str | None) -> np.ndarray:
+    """Those of the rows whose users are of this hidden group; all of them for None.
+
+    ValueError when there is none.
+    """
+    if mode is None:
+        return rows
+    kept = rows[[data.preferences[row].mode == mode for row in rows]]
+    if not len(kept):
+        known = sorted(set(data.mode_of_user.values()))
+        raise ValueError(f"mode: expected one of {known}, got {mode!r}")
+    return kept
+
+
 def _draw(items: Sequence[Any], share: float, rng: np.random.Generator) -> list[Any]:
     count = int(np.ceil(share * len(items)))
     return [items[i] for i in rng.permutation(len(items))[:count]]
 
 
 def _numbered_preferences(path: Path) -> Iterator[tuple[int, Preference]]:
-    number = 0
-    try:
-        with _open(path) as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield number, _parse(line, f"{path}:{number}")
-    except (EOFError, gzip.BadGzipFile) as error:
-        raise PreferenceError(
-            f"{path}: expected a complete gzip file, got an error after line {number}: {error}"
-        ) from error
+    for number, record in numbered_records(path):
+        yield number, _parse(record, f"{path}:{number}")
 
 
-def _open(path: Path) -> BinaryIO:
-    with path.open("rb") as file:
-        magic = file.read(2)
-    # By content, not by name: downloads often lose or keep a .gz ending wrongly.
-    return cast(BinaryIO, gzip.open(path)) if magic == b"\x1f\x8b" else path.open("rb")
-
-
-def _parse(line: bytes, where: str) -> Preference:
-    try:
-        record = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise PreferenceError(f"{where}: expected UTF-8 text, got {error}") from None
-    except json.JSONDecodeError as error:
-        raise PreferenceError(
-            f"{where}: expected one JSON object, got invalid JSON ({error.msg}, "
-            f"column {error.colno})"
-        ) from None
-    if not isinstance(record, dict):
-        raise PreferenceError(f"{where}: expected one JSON object, got {_kind(record)}")
-    for field in ("user", "prompt", "chosen", "rejected"):
-        if field not in record:
-            present = ", ".join(sorted(map(repr, record))) or "none"
-            raise PreferenceError(f"{where}: field {field!r}: expected, but fields are {present}")
-
-    user = record["user"]
-    if isinstance(user, bool) or not isinstance(user, str | int) or user == "":
-        raise PreferenceError(
-            f"{where}: field 'user': expected non-empty text or an integer, got {_kind(user)}"
-        )
-    mode = record.get("mode", "")
-    if not isinstance(mode, str):
-        raise PreferenceError(f"{where}: field 'mode': expected text, got {_kind(mode)}")
-    prompt, chosen, rejected = (
-        _content(record[field], f"{where}: field {field!r}")
-        for field in ("prompt", "chosen", "rejected")
+def _parse(record: Mapping[str, Any], where: str) -> Preference:
+    need_fields(record, ("user", "prompt", "chosen", "rejected"), where)
+    user, mode = user_of(record, where), mode_of(record, where)
+    prompt, chosen = (_content(record[f], f"{where}: field {f!r}") for f in ("prompt", "chosen"))
+    rejected = tuple(
+        _content(value, f"{where}: field 'rejected'{place}")
+        for value, place in _alternatives(record["rejected"])
     )
-    for field, value in (("chosen", chosen), ("rejected", rejected)):
-        if isinstance(value, str) != isinstance(prompt, str):
-            raise PreferenceError(
-                f"{where}: field {field!r}: expected {_kind(record['prompt'])} like 'prompt', "
-                f"got {_kind(record[field])}"
-            )
-    if chosen == rejected:
+    if not rejected:
+        raise PreferenceError(f"{where}: field 'rejected': expected at least one answer, got none")
+    for field, values in (("chosen", (chosen,)), ("rejected", rejected)):
+        for value in values:
+            if isinstance(value, str) != isinstance(prompt, str):
+                raise PreferenceError(
+                    f"{where}: field {field!r}: expected {describe(record['prompt'])} like "
+                    f"'prompt', got {describe(record[field])}"
+                )
+    if chosen in rejected:
         raise PreferenceError(
             f"{where}: fields 'chosen' and 'rejected': expected two different answers, got the "
             "same twice (no preference; remove the line)"
         )
-    return Preference(str(user), prompt, chosen, rejected, mode)
+    if len(set(rejected)) < len(rejected):
+        raise PreferenceError(f"{where}: field 'rejected': expected different answers, got repeats")
+    return Preference(user, prompt, chosen, rejected[0], mode, rejected[1:])
+
+
+def _alternatives(value: Any) -> list[tuple[Any, str]]:
+    """The answers in the field `rejected`, each with how to name its place in the field."""
+    # A list of messages is one answer, a list of texts or of lists is several.
+    several = isinstance(value, list) and all(isinstance(item, str | list) for item in value)
+    if not several:
+        return [(value, "")]
+    return [(item, f": answer {number}") for number, item in enumerate(value)]
 
 
 def _content(value: Any, where: str) -> Content:
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
-        raise PreferenceError(f"{where}: expected text or a list of messages, got {_kind(value)}")
+        raise PreferenceError(
+            f"{where}: expected text or a list of messages, got {describe(value)}"
+        )
     if not value:
         raise PreferenceError(f"{where}: expected at least one message, got an empty list")
     messages = []
@@ -256,7 +268,7 @@ def _content(value: Any, where: str) -> Content:
         if not isinstance(item, dict):
             raise PreferenceError(
                 f"{where}: message {i}: expected an object with 'role' and 'content', "
-                f"got {_kind(item)}"
+                f"got {describe(item)}"
             )
         role, content = item.get("role"), item.get("content")
         if role not in ROLES:
@@ -266,16 +278,7 @@ def _content(value: Any, where: str) -> Content:
             )
         if not isinstance(content, str):
             raise PreferenceError(
-                f"{where}: message {i}: field 'content': expected text, got {_kind(content)}"
+                f"{where}: message {i}: field 'content': expected text, got {describe(content)}"
             )
         messages.append(Message(role, content))
     return tuple(messages)
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "null"
-    if value == "":
-        return "empty text"
-    names = {str: "text", list: "a list", dict: "an object", bool: "a boolean"}
-    return names.get(type(value), f"a number ({value})")

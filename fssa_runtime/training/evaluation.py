@@ -1,7 +1,7 @@
 """How well choices are predicted after n context choices, and whether the latent is used.
 
-Works for anything that gives a margin r(chosen) - r(rejected) for every target: a reward model,
-or a policy's implicit reward.
+Works for anything that gives a probability to every option of a target choice: a reward model, a
+policy's implicit reward, or the best predictor there can be.
 """
 
 from __future__ import annotations
@@ -16,18 +16,30 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from fssa_runtime.conditioning.encoder import real_choices
+
 # A unit counts as active when its mean varies over users with at least this variance (the
 # criterion of Burda et al., arXiv 1509.00519, section 5).
 ACTIVE_UNIT_VARIANCE = 1e-2
+
+# Bins of the confidence, of equal width, for the calibration error.
+CALIBRATION_BINS = 20
 
 Batch = dict[str, Tensor]
 
 
 class Scores(NamedTuple):
-    """Margins r(chosen) - r(rejected) [U, m]; latent means [U, Z], None if there is no latent."""
+    """Log-probabilities of the options of every target [U, m, K], the chosen one first and -inf
+    where there is no option; latent means [U, Z], None if there is no latent."""
 
-    margins: Tensor
+    log_probs: Tensor
     latents: Tensor | None
+
+    @classmethod
+    def of_margins(cls, margins: Tensor, latents: Tensor | None = None) -> Scores:
+        """Scores of pairs from margins r(chosen) - r(rejected) [U, m]: p = σ(margin)."""
+        wide = margins.double()
+        return cls(torch.stack([F.logsigmoid(wide), F.logsigmoid(-wide)], dim=-1), latents)
 
 
 def active_latent_units(latents: Tensor, threshold: float = ACTIVE_UNIT_VARIANCE) -> int:
@@ -48,19 +60,23 @@ def evaluate(
     batch_size: int = 256,
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
-    """Accuracy and negative log-likelihood of the targets for each context length.
+    """Accuracy, negative log-likelihood and calibration of the targets for each context length.
 
-        accuracy = mean_j [margin_j > 0] (½ where margin_j = 0),  NLL = mean_j log(1 + e^-margin_j)
+        accuracy = mean_j [the chosen option is the likeliest] (1/t where t options tie for it)
+        NLL = mean_j -log p(chosen_j)
+        calibration error = Σ_bins |Σ_j in bin (right_j - confidence_j)| / number of targets,
+            confidence_j the probability of the likeliest option, in bins of width 1/20
 
     score: batch → `Scores`, called without gradients. tasks_by_n: context length n → map-style
-    data set of tasks with `user` and `mode`; collate: list of tasks → batch with "target_mask".
+    data set of tasks with `user` and `mode`; collate: list of tasks → batch with "target_mask"
+    [U, m] or, for choices among several, [U, m, R].
 
     Returns a dict ready for JSON: {"contexts": {str(n): entry}}; an entry has `accuracy`, `nll`
-    (nats) and their standard errors `accuracy_se`, `nll_se`, `num_users`, `num_tasks`,
-    `num_targets`,
-    `active_latent_units` and `latent_dim` (null without a latent), `modes` {mode: the same four
-    numbers and counts}, `worst_mode` and `worst_accuracy`. Standard errors take users as the
-    independent units and modes as strata; null when a mode has a single user.
+    (nats) and their standard errors `accuracy_se`, `nll_se`, `calibration_error`, `num_users`,
+    `num_tasks`, `num_targets`, `active_latent_units` and `latent_dim` (null without a latent),
+    `modes` {mode: accuracy, nll, their errors and the counts}, `worst_mode` and `worst_accuracy`.
+    Standard errors take users as the independent units and modes as strata; null when a mode has a
+    single user. ValueError without tasks or targets, FloatingPointError when a score is NaN.
     """
     return {
         "contexts": {
@@ -82,41 +98,52 @@ def _evaluate_one(
     users: list[str] = []
     modes: list[str] = []
     sums: list[Tensor] = []
+    bins = torch.zeros(CALIBRATION_BINS, dtype=torch.float64)
     latents: list[Tensor] = []
     for tasks in DataLoader(dataset, batch_size, collate_fn=list):
         batch = {name: value.to(device) for name, value in collate(tasks).items()}
         with torch.no_grad():
             scores = score(batch)
-        sums.append(_task_sums(scores.margins.cpu(), batch["target_mask"].cpu()))
+        mask = real_choices(batch["target_mask"]).cpu()
+        right, confidence, nll = _per_target(scores.log_probs.cpu(), mask)
+        counts = mask.sum(dim=1).double()
+        sums.append(torch.stack([right.sum(dim=1), nll.sum(dim=1), counts], dim=1))
+        which = (confidence * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
+        bins.index_add_(0, which[mask], (right - confidence)[mask])
         users.extend(task.user for task in tasks)
         modes.extend(task.mode for task in tasks)
         if scores.latents is not None:
             latents.append(scores.latents.float().cpu())
-    return _summarise(
-        np.asarray(users),
-        np.asarray(modes),
-        torch.cat(sums).numpy(),
-        torch.cat(latents) if latents else None,
-    )
+    totals = torch.cat(sums)
+    num_targets = int(totals[:, 2].sum())
+    if not num_targets:
+        raise ValueError("tasks_by_n: expected at least one target for each n, got none")
+    return {
+        **_summarise(np.asarray(users), np.asarray(modes), totals.numpy()),
+        "calibration_error": float(bins.abs().sum()) / num_targets,
+        "active_latent_units": active_latent_units(torch.cat(latents)) if latents else None,
+        "latent_dim": latents[0].shape[1] if latents else None,
+    }
 
 
-def _task_sums(margins: Tensor, mask: Tensor) -> Tensor:
-    """Per task: right answers, total NLL, number of targets; [U, 3] float64."""
-    margins = margins.double()
-    if bool((margins.isnan() & mask).any()):
-        raise FloatingPointError("margins: expected numbers, got NaN")
-    right = (margins > 0).double() + 0.5 * (margins == 0).double()
-    nll = F.softplus(-margins)
+def _per_target(log_probs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Right (0..1), confidence and NLL of every target, [U, m] float64, 0 where masked out."""
+    log_probs = log_probs.double()
+    if bool((log_probs.isnan().any(dim=-1) & mask).any()):
+        raise FloatingPointError("log_probs: expected numbers, got NaN")
+    log_probs = log_probs.masked_fill(~mask[..., None], 0.0)
+    best = log_probs.max(dim=-1, keepdim=True).values
+    ties = (log_probs == best).double()
+    right = ties[..., 0] / ties.sum(dim=-1)
     zero = torch.zeros((), dtype=torch.float64)
-    per_task = [torch.where(mask, value, zero).sum(dim=1) for value in (right, nll)]
-    return torch.stack([*per_task, mask.sum(dim=1).double()], dim=1)
+    values = (right, best[..., 0].exp(), -log_probs[..., 0])
+    right, confidence, nll = (torch.where(mask, value, zero) for value in values)
+    return right, confidence, nll
 
 
-def _summarise(
-    users: np.ndarray, modes: np.ndarray, sums: np.ndarray, latents: Tensor | None
-) -> dict[str, Any]:
+def _summarise(users: np.ndarray, modes: np.ndarray, sums: np.ndarray) -> dict[str, Any]:
     by_mode: dict[str, dict[str, Any]] = {}
-    for mode in np.unique(modes):
+    for mode in np.unique(modes[sums[:, 2] > 0]):
         inside = modes == mode
         by_mode[str(mode)] = _stratum(users[inside], sums[inside])
     total = sums[:, 2].sum()
@@ -133,8 +160,6 @@ def _summarise(
         "num_users": len(np.unique(users)),
         "num_tasks": len(users),
         "num_targets": int(total),
-        "active_latent_units": None if latents is None else active_latent_units(latents),
-        "latent_dim": None if latents is None else latents.shape[1],
         "modes": by_mode,
         "worst_mode": worst,
         "worst_accuracy": by_mode[worst]["accuracy"],

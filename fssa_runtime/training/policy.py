@@ -15,104 +15,38 @@ arXiv 2412.13998, NP-DPO; arXiv 2404.19733 for the second term; the third is thi
 
 from __future__ import annotations
 
-import hashlib
 import json
-import random
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
-from rich.progress import Progress
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import nn
 
 from ..conditioning.checkpoint import Conditioning
-from ..conditioning.embedding import EmbeddingConfig, pool
-from ..conditioning.encoder import EncoderConfig, EncoderSettings, PreferenceEncoder
-from ..conditioning.layout import ModulatorConfig
-from ..conditioning.modulation import Modulation
+from ..conditioning.encoder import EncoderConfig, EncoderSettings, Latent, PreferenceEncoder
 from ..conditioning.modulator import Modulator
 from ..errors import InputError
 from ..files import write_atomically
 from ..models.decoder import Decoder
-from ..models.language_model import Content, LanguageModel
-from ..models.packed import PackedOptions, batches_by_tokens
-from .data import PreferenceData, Split, read_preferences, split_preferences
-from .losses import dpo_loss, implicit_reward, token_logprob_from_hidden
-from .reward import PreferenceFiles
+from ..models.language_model import LanguageModel
+from ..models.packed import PackedOptions
+from .data import PreferenceData, Split, read_preferences, rows_of_mode, split_preferences
+from .evaluation import Batch, Scores, evaluate
+from .losses import dpo_loss, implicit_reward
+from .policy_options import Options, answer_logprobs, prepare_options
+from .policy_recipe import PolicyConfig
+from .prompted import prompted_scores
 from .reward_model import load_reward
-from .tasks import EVALUATION, Task, TaskConfig, TaskDataset, TooFewChoicesError, collate_rows
-from .trainer import FitResult, TrainSettings, fit
+from .tasks import EVALUATION, TaskDataset, TooFewChoicesError, collate_rows
+from .trainer import FitResult, fit
 
 OPTIONS_FILE = "options.safetensors"
 METRICS_FILE = "metrics.json"
 CONDITIONING_DIR = "conditioning"
-MAX_BATCH_TOKENS = 4096
 SCALING_TASKS = 256
-MAX_LOOP_SPAN = 12
-LOOP_TOKENS = 48
-
-
-class PolicyEvaluation(BaseModel):
-    """Implicit-reward accuracy on held-out users and prompts, after training."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    contexts: tuple[int, ...] = (0, 1, 3, 5, 10)
-    num_tasks: int = Field(default=100, ge=2)
-    num_targets: int = Field(default=2, ge=1)
-    batch_size: int = Field(default=8, ge=1)
-
-
-class PolicyConfig(BaseModel):
-    """A recipe for `train_policy`, read from YAML.
-
-    ``encoder`` starts from random weights, or from ``init_encoder``: the folder of a reward
-    trained by ``fssa train reward`` on the same embedding. ``freeze_encoder`` leaves it as it is.
-    After training the users' rows are moved towards the identity by ``strength`` (1: not at all):
-    preference optimisation overshoots, and text that goes too far is no longer good text.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    model: str
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    data: PreferenceFiles
-    tasks: TaskConfig = TaskConfig(context_min=0, context_max=6, num_targets=8)
-    embedding: EmbeddingConfig = EmbeddingConfig()
-    encoder: EncoderSettings | None = None
-    init_encoder: Path | None = None
-    freeze_encoder: bool = False
-    modulator: ModulatorConfig
-    beta: float = Field(default=0.05, gt=0)
-    nll_weight: float = Field(default=0.0, ge=0)
-    loop_weight: float = Field(default=0.0, ge=0)
-    strength: float = Field(default=1.0, gt=0, le=1)
-    train: TrainSettings
-    evaluation: PolicyEvaluation = PolicyEvaluation()
-    save_dtype: Literal["float32", "bfloat16"] = "float32"
-
-
-@dataclass(frozen=True)
-class Options:
-    """Distinct options of a data set, computed once under the unmodulated model.
-
-    ``tokens[i]``: prompt and answer tokens; ``embeddings [m, E]`` float32; ``reference [m]``:
-    log π_ref of the answer, nats. ``loops[i]``, ``loop_reference [m]``: the same prompt answered by
-    option i's loop (`loop_of`). ``chosen``, ``rejected [N]``: each preference's options.
-    """
-
-    tokens: list[tuple[list[int], list[int]]]
-    embeddings: torch.Tensor
-    reference: torch.Tensor
-    loops: list[tuple[list[int], list[int]]]
-    loop_reference: torch.Tensor
-    chosen: torch.Tensor
-    rejected: torch.Tensor
 
 
 class PolicyObjective(nn.Module):
@@ -191,6 +125,16 @@ class PolicyObjective(nn.Module):
             context_rows, context_mask, target_rows, target_mask, with_loops=False
         )
 
+    def latent(self, context_rows: torch.Tensor, context_mask: torch.Tensor) -> Latent:
+        """What the encoder makes of each user's context."""
+        decoder, options = self._base
+        context = context_rows.cpu()
+        return self.encoder(
+            options.embeddings[options.chosen[context]].to(decoder.device),
+            options.embeddings[options.rejected[context]].to(decoder.device),
+            context_mask.to(decoder.device),
+        )
+
     def _logprobs(
         self,
         context_rows: torch.Tensor,
@@ -203,12 +147,7 @@ class PolicyObjective(nn.Module):
         """`logprobs`; with loops ``[3 M]``, the loop of each chosen answer last."""
         decoder, options = self._base
         device = decoder.device
-        context = context_rows.cpu()
-        latent = self.encoder(
-            options.embeddings[options.chosen[context]].to(device),
-            options.embeddings[options.rejected[context]].to(device),
-            context_mask.to(device),
-        )
+        latent = self.latent(context_rows, context_mask)
         generated = self.modulator.rows(latent.rsample() if self.training else latent.mean)
         mask = target_mask.cpu()
         rows = target_rows.cpu()[mask]
@@ -227,117 +166,22 @@ class PolicyObjective(nn.Module):
         return answer_logprobs(decoder, packed, modulation), reference.to(device)
 
 
-def answer_logprobs(
-    decoder: Decoder, packed: PackedOptions, modulation: Modulation | None = None
-) -> torch.Tensor:
-    """log p of each option's answer given its prompt, ``[m]`` float32 nats; differentiable."""
-    return _answer_logprobs(decoder, packed, packed.hidden(decoder, modulation))
-
-
-def _answer_logprobs(decoder: Decoder, packed: PackedOptions, hidden: torch.Tensor) -> torch.Tensor:
-    index, owner = packed.answer_index()
-    values = token_logprob_from_hidden(hidden[index - 1], packed.tokens[index], decoder.logits)
-    return values.new_zeros(len(packed.lengths)).index_add(0, owner, values)
-
-
-def prepare_options(
-    model: LanguageModel, embedding: EmbeddingConfig, data: PreferenceData, cache: Path | None
-) -> Options:
-    """Embeddings and reference log-probabilities of every distinct option, with progress.
-
-    With ``cache``, what an earlier call wrote for the same base, dtype and options is read.
-    """
-    index: dict[tuple[Content, Content], int] = {}
-    chosen = [index.setdefault((p.prompt, p.chosen), len(index)) for p in data.preferences]
-    rejected = [index.setdefault((p.prompt, p.rejected), len(index)) for p in data.preferences]
-    options = list(index)
-    tokens = [model.option_tokens(prompt, completion) for prompt, completion in options]
-    draws = random.Random(0)
-    loops = [(prompt, loop_of(answer, draws)) for prompt, answer in tokens]
-    described = [model.fingerprint, str(model.decoder.dtype), embedding.pooling, tokens, loops]
-    key = hashlib.sha256(json.dumps(described).encode()).hexdigest()
-    found = _read_cache(cache, key)
-    if found is None:
-        found = _measure_options(model, embedding, tokens)
-        found["loop_reference"] = _reference_logprobs(model, loops)
-        if cache is not None:
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(cache, save(found, metadata={"key": key}))
-    return Options(
-        tokens,
-        found["embeddings"],
-        found["reference"],
-        loops,
-        found["loop_reference"],
-        torch.tensor(chosen),
-        torch.tensor(rejected),
-    )
-
-
-def loop_of(answer: Sequence[int], draws: random.Random) -> list[int]:
-    """An answer that goes round in circles: some first tokens, then a span of them over and over.
-
-    Half of the loops begin with the answer's very first tokens, which is where lists begin to
-    repeat their number.
-    """
-    words = list(answer[:-1]) or list(answer)
-    span = draws.randint(1, min(MAX_LOOP_SPAN, len(words)))
-    start = 0 if draws.random() < 0.5 else draws.randint(0, len(words) - span)
-    start = min(start, LOOP_TOKENS)
-    repeated = words[start : start + span]
-    times = -(-LOOP_TOKENS // len(repeated))
-    return words[:start] + repeated * times
-
-
-@torch.no_grad()
-def _reference_logprobs(
-    model: LanguageModel, options: Sequence[tuple[list[int], list[int]]]
-) -> torch.Tensor:
-    """log π_ref of every option ``[m]``, with progress."""
-    reference = torch.empty(len(options))
-    lengths = [len(prompt) + len(answer) for prompt, answer in options]
-    with Progress() as progress:
-        task = progress.add_task("reading their loops", total=len(options))
-        for batch in batches_by_tokens(lengths, MAX_BATCH_TOKENS):
-            packed = PackedOptions.pack([options[i] for i in batch], model.decoder.device)
-            reference[batch] = answer_logprobs(model.decoder, packed).cpu()
-            progress.advance(task, len(batch))
-    return reference
-
-
-@torch.no_grad()
-def _measure_options(
-    model: LanguageModel, embedding: EmbeddingConfig, tokens: list[tuple[list[int], list[int]]]
-) -> dict[str, torch.Tensor]:
-    """Embedding and log π_ref of every option, from one forward pass."""
-    width = embedding.width(model.decoder.config.hidden_size)
-    embeddings, reference = torch.empty(len(tokens), width), torch.empty(len(tokens))
-    lengths = [len(prompt) + len(answer) for prompt, answer in tokens]
-    with Progress() as progress:
-        task = progress.add_task("reading the options", total=len(tokens))
-        for batch in batches_by_tokens(lengths, MAX_BATCH_TOKENS):
-            packed = PackedOptions.pack([tokens[i] for i in batch], model.decoder.device)
-            hidden = packed.hidden(model.decoder)
-            embeddings[batch] = pool(embedding, packed, hidden).cpu()
-            reference[batch] = _answer_logprobs(model.decoder, packed, hidden).cpu()
-            progress.advance(task, len(batch))
-    return {"embeddings": embeddings, "reference": reference}
-
-
 @dataclass(frozen=True)
 class PolicyResult:
-    """A trained conditioning, what was measured, and what the run did."""
+    """A trained conditioning and what the run did (both None where nothing is trained), and what
+    was measured."""
 
-    conditioning: Conditioning
+    conditioning: Conditioning | None
     metrics: dict[str, Any]
-    fit: FitResult
+    fit: FitResult | None
 
 
 def train_policy(config: PolicyConfig, model: LanguageModel) -> PolicyResult:
     """Train a conditioning by ``config`` on ``model``, evaluate it, write both.
 
     Files in ``train.output_dir``: ``conditioning/`` (the checkpoint), ``metrics.json``,
-    ``options.safetensors`` (the cache) and the trainer's checkpoints.
+    ``options.safetensors`` (the cache, if it is kept there) and the trainer's checkpoints. With
+    method "prompt" there are only metrics.
 
     Raises:
         InputError, ValueError: data, settings or initial encoder that do not fit.
@@ -350,20 +194,32 @@ def train_policy(config: PolicyConfig, model: LanguageModel) -> PolicyResult:
         seed=config.data.split_seed,
     )
     folder = config.train.output_dir
-    options = prepare_options(model, config.embedding, data, folder / OPTIONS_FILE)
+    folder.mkdir(parents=True, exist_ok=True)
+    if config.method == "prompt":
+        heldout = _evaluate(config, data, split, prompted_scores(model, data, config.beta))
+        return PolicyResult(None, _write_metrics(config, folder, heldout, None), None)
+    cache = config.options_file or folder / OPTIONS_FILE
+    options = prepare_options(model, config.embedding, data, cache)
     torch.manual_seed(config.train.seed)
+    rows = rows_of_mode(data, split.train, config.data.mode)
     tasks = TaskDataset(
         data,
-        split.train,
+        rows,
         config.tasks,
         num_tasks=config.train.num_tasks,
         seed=config.train.seed,
     )
-    encoder = _initial_encoder(config, options, split)
+    assert config.modulator is not None
+    encoder = _initial_encoder(config, config.modulator.latent_dim, options, rows)
+    modulator = Modulator(config.modulator, model.decoder.config)
+    encoder.requires_grad_(not config.freeze_encoder)
+    if config.nobody_is_base:
+        encoder.centre_latents()
+        # The row of z = 0 is the bias alone, which begins as the identity.
+        encoder.prior.requires_grad_(False)
+        modulator.expand_bias.requires_grad_(False)
     if config.init_encoder is not None:
         _scale_latents(encoder, options, tasks)
-    encoder.requires_grad_(not config.freeze_encoder)
-    modulator = Modulator(config.modulator, model.decoder.config)
     objective = PolicyObjective(
         encoder,
         modulator,
@@ -379,66 +235,90 @@ def train_policy(config: PolicyConfig, model: LanguageModel) -> PolicyResult:
         encoder.eval(), modulator.eval(), config.embedding, config.model, model.fingerprint
     )
     conditioning.round_(getattr(torch, config.save_dtype))
-    metrics = {
-        "recipe": config.model_dump(mode="json"),
-        "train_seconds": outcome.seconds,
-        "heldout": evaluate_policy(objective, data, split, config),
+    heldout = evaluate_policy(objective, data, split, config)
+    metrics = _write_metrics(config, folder, heldout, outcome.seconds)
+    conditioning.notes = {
+        "heldout": [
+            {"n": int(n), "accuracy": entry["accuracy"], "standard_error": entry["accuracy_se"]}
+            for n, entry in heldout["contexts"].items()
+        ]
     }
-    conditioning.notes = {"heldout": metrics["heldout"]}
     conditioning.save(folder / CONDITIONING_DIR, dtype=getattr(torch, config.save_dtype))
-    write_atomically(folder / METRICS_FILE, (json.dumps(metrics, indent=2) + "\n").encode())
     return PolicyResult(conditioning, metrics, outcome)
 
 
-@torch.no_grad()
 def evaluate_policy(
     objective: PolicyObjective, data: PreferenceData, split: Split, config: PolicyConfig
-) -> list[dict[str, float | None]]:
-    """Share of held-out choices (new users, new prompts) the implicit reward ranks right, for
-    each number of context choices, and its standard error over tasks; None where no held-out user
-    has that many choices."""
+) -> dict[str, Any]:
+    """How well the implicit reward predicts held-out choices (new users, new prompts).
+
+    As `evaluation.evaluate` gives it, for each number of context choices that some held-out user
+    has; a choice's probability is that of the difference of implicit rewards.
+    """
     objective.eval()
+
+    def score(batch: Batch) -> Scores:
+        policy, reference = objective.logprobs(**batch)
+        chosen, rejected = implicit_reward(policy, reference, beta=config.beta).chunk(2)
+        mask = batch["target_mask"]
+        margins = torch.zeros(mask.shape, dtype=torch.float32)
+        margins[mask] = (chosen - rejected).cpu()
+        latent = objective.latent(batch["context_rows"], batch["context_mask"])
+        return Scores.of_margins(margins, latent.mean)
+
+    return _evaluate(config, data, split, score)
+
+
+def _evaluate(
+    config: PolicyConfig, data: PreferenceData, split: Split, score: Callable[[Batch], Scores]
+) -> dict[str, Any]:
     settings = config.evaluation
-    results: list[dict[str, float | None]] = []
+    rows = rows_of_mode(data, split.heldout, config.data.mode)
+    tasks: dict[int, TaskDataset] = {}
     for n in settings.contexts:
         wanted = config.tasks.with_context(n).model_copy(
             update={"num_targets": settings.num_targets}
         )
         try:
-            tasks = TaskDataset(
+            tasks[n] = TaskDataset(
                 data,
-                split.heldout,
+                rows,
                 wanted,
                 num_tasks=settings.num_tasks,
                 seed=config.train.seed,
                 stream=EVALUATION,
             )
         except TooFewChoicesError:
-            results.append({"n": n, "accuracy": None, "standard_error": None})
-            continue
-        right: list[torch.Tensor] = []
-        for start in range(0, len(tasks), settings.batch_size):
-            stop = min(start + settings.batch_size, len(tasks))
-            drawn: list[Task] = [tasks[i] for i in range(start, stop)]
-            batch = collate_rows(drawn)
-            policy, reference = objective.logprobs(**batch)
-            chosen, rejected = (policy - reference).chunk(2)
-            hits = batch["target_mask"].new_zeros(batch["target_mask"].shape).float()
-            hits[batch["target_mask"]] = (chosen > rejected).float().cpu()
-            right.append(hits.sum(1) / batch["target_mask"].sum(1))
-        share = torch.cat(right)
-        error = share.std() / len(share) ** 0.5
-        results.append({"n": n, "accuracy": share.mean().item(), "standard_error": error.item()})
-    return results
+            continue  # nobody has so many: said by its absence, not invented
+    if not tasks:
+        raise InputError(f"evaluation.contexts: nobody made {min(settings.contexts)} choices")
+    return evaluate(score, tasks, collate=collate_rows, batch_size=settings.batch_size)
 
 
-def _initial_encoder(config: PolicyConfig, options: Options, split: Split) -> PreferenceEncoder:
+def _write_metrics(
+    config: PolicyConfig, folder: Path, heldout: dict[str, Any], seconds: float | None
+) -> dict[str, Any]:
+    metrics = {
+        "recipe": config.model_dump(mode="json"),
+        "train_seconds": seconds,
+        "heldout": heldout,
+    }
+    write_atomically(folder / METRICS_FILE, (json.dumps(metrics, indent=2) + "\n").encode())
+    return metrics
+
+
+def _initial_encoder(
+    config: PolicyConfig, latent_dim: int, options: Options, rows: np.ndarray
+) -> PreferenceEncoder:
     option_dim = options.embeddings.shape[1]
-    latent_dim = config.modulator.latent_dim
     if config.init_encoder is None:
         settings = config.encoder or EncoderSettings(latent_dim=latent_dim)
         encoder = PreferenceEncoder(EncoderConfig(option_dim=option_dim, **settings.model_dump()))
-        used = torch.cat([options.chosen[split.train], options.rejected[split.train]]).unique()
+        if config.method == "dpo":
+            # The latent of everybody. From zero, where a user nobody knows begins, neither the
+            # modulator's own weights nor B would ever move: each waits for the other.
+            nn.init.ones_(encoder.prior)
+        used = torch.cat([options.chosen[rows], options.rejected[rows]]).unique()
         encoder.scaler.fit(options.embeddings[used])
     else:
         reward_encoder = load_reward(config.init_encoder).encoder
@@ -471,12 +351,3 @@ def _scale_latents(encoder: PreferenceEncoder, options: Options, tasks: TaskData
     )
     scale = encoder(chosen, rejected, mask).mean.square().mean().sqrt()
     encoder.scale_latents(1 / float(scale))
-
-
-def _read_cache(cache: Path | None, key: str) -> dict[str, torch.Tensor] | None:
-    if cache is None or not cache.is_file():
-        return None
-    with safe_open(str(cache), framework="pt") as file:
-        if (file.metadata() or {}).get("key") != key:
-            return None
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -30,7 +30,8 @@ class PopulationConfig(BaseModel):
 
     ``strength`` is the length of a user's weight vector: the larger, the less noise. A share
     ``pure`` of the users cares for one taste only, in either direction; the others' weights point
-    anywhere.
+    anywhere. ``name_modes`` writes down which users are of one kind ("length+"), so that models of
+    one kind alone can be trained and every kind measured.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -41,7 +42,17 @@ class PopulationConfig(BaseModel):
     strength: float = Field(gt=0)
     pure: float = Field(0.5, ge=0, le=1)
     min_words: int = Field(3, ge=1)
+    name_modes: bool = False
     seed: int = 0
+
+
+def mode_of(weights: Mapping[str, float]) -> str:
+    """The kind of a user who cares for one taste only, "length+" or "length-"; "" for others."""
+    cared = [(taste, weight) for taste, weight in weights.items() if weight]
+    if len(cared) != 1:
+        return ""
+    ((taste, weight),) = cared
+    return f"{taste}{'+' if weight > 0 else '-'}"
 
 
 def usable_answer(answer: str, finish_reason: str, min_words: int) -> str | None:
@@ -93,6 +104,7 @@ def simulate(
     *,
     choices_per_user: int,
     seed: int,
+    name_modes: bool = False,
 ) -> list[Preference]:
     """``choices_per_user`` noisy choices of every user, each between two answers to a prompt.
 
@@ -116,7 +128,8 @@ def simulate(
             gap = utility(weights, a, scale) - utility(weights, b, scale)
             prefers_a = rng.random() < 1 / (1 + math.exp(-gap))
             chosen, rejected = (a, b) if prefers_a else (b, a)
-            preferences.append(Preference(user, prompt, chosen, rejected))
+            mode = mode_of(weights) if name_modes else ""
+            preferences.append(Preference(user, prompt, chosen, rejected, mode))
     return preferences
 
 
@@ -173,21 +186,15 @@ def build_named_users(
 
 def write_preferences(preferences: Sequence[Preference], path: Path) -> None:
     """JSON lines as `data.read_preferences` reads them; gzip if the name ends in ``.gz``."""
-    lines = "".join(
-        json.dumps(
-            {
-                "user": p.user,
-                "prompt": p.prompt,
-                "chosen": p.chosen,
-                "rejected": p.rejected,
-            },
-            ensure_ascii=False,
-        )
-        + "\n"
-        for p in preferences
-    ).encode()
+    lines = "".join(json.dumps(_record(p), ensure_ascii=False) + "\n" for p in preferences).encode()
     # A fixed time stamp: the same choices give the same bytes.
     path.write_bytes(gzip.compress(lines, mtime=0) if path.suffix == ".gz" else lines)
+
+
+def _record(preference: Preference) -> dict[str, object]:
+    fields = ("user", "prompt", "chosen", "rejected")
+    record = {name: getattr(preference, name) for name in fields}
+    return record | ({"mode": preference.mode} if preference.mode else {})
 
 
 def build_preferences(
@@ -212,5 +219,6 @@ def build_preferences(
         scale,
         choices_per_user=config.choices_per_user,
         seed=config.seed,
+        name_modes=config.name_modes,
     )
     return preferences, scale

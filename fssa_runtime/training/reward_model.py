@@ -1,21 +1,24 @@
-"""The reward r(y | D_C) = g([enc(y), z]): network, training loss and checkpoint (NP-BTL).
+"""The reward r(y | D_C) = g([enc(y), z]): network, predictions and checkpoint (NP-BTL).
 
-METHOD.md section 3. `btl` is the same network without z: one reward for everybody, the baseline.
+METHOD.md section 3. `btl` is the same network without z, one reward for everybody; `dpl` is that
+with a Gaussian reward. The losses are in `reward_objective`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from fssa_runtime.conditioning.encoder import (
     EncoderConfig,
@@ -23,12 +26,14 @@ from fssa_runtime.conditioning.encoder import (
     Latent,
     OptionScaler,
     PreferenceEncoder,
-    check_pairs,
+    bounded_log_std,
+    check_choices,
+    real_choices,
     two_layer_mlp,
 )
 from fssa_runtime.files import write_atomically
 from fssa_runtime.training.evaluation import Scores
-from fssa_runtime.training.losses import btl_loss, kl_diagonal_gaussians
+from fssa_runtime.training.losses import gaussian_reward_log_probs, luce_log_probs
 
 FORMAT_VERSION = 1
 WEIGHTS_FILE = "reward_model.safetensors"
@@ -37,41 +42,59 @@ CONFIG_FILE = "reward_config.json"
 
 class RewardModelConfig(BaseModel):
     """What a reward checkpoint needs to be rebuilt. Options have size `option_dim` (E); without
-    an encoder the model is unconditioned (`btl`)."""
+    an encoder the model is unconditioned (`btl`). head "linear" weighs the options' own features;
+    `gaussian` (`dpl`) gives every option a mean and a scale of its reward instead of a number."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     option_dim: int = Field(ge=1)
     hidden_dim: int = Field(default=256, ge=1)
     encoder: EncoderSettings | None = EncoderSettings()
+    head: Literal["mlp", "linear"] = "mlp"
+    gaussian: bool = False
+
+    @model_validator(mode="after")
+    def _gaussian_is_a_baseline(self) -> Self:
+        if self.gaussian and (self.encoder is not None or self.head != "mlp"):
+            raise ValueError("gaussian: expected false with an encoder or a linear head")
+        return self
 
 
 class RewardModel(nn.Module):
-    """r(y | D_C) = g([enc(y), z]) with z from a `PreferenceEncoder`, or r(y) = g(enc(y)).
+    """r(y | D_C) with z from a `PreferenceEncoder`, or one reward r(y) for everybody.
 
-    enc and g are two-layer perceptrons of width `hidden_dim`. Options are scaled by the
-    encoder's `OptionScaler`, the same for contexts and targets.
+    head "mlp": g([enc(y), z]); enc and g are two-layer perceptrons of width `hidden_dim`.
+    head "linear": c(z) · y, c a two-layer perceptron (or one vector without an encoder): what the
+    options offer is weighed by tastes that depend on z, as in a logit.
+    Options are scaled by the encoder's `OptionScaler`, the same for contexts and targets.
     """
 
     def __init__(self, config: RewardModelConfig) -> None:
         super().__init__()
         self.config = config
         hidden = config.hidden_dim
-        self.option_encoder = two_layer_mlp(config.option_dim, hidden, hidden)
-        # First layer of g, split: the part that reads z is computed once a user, not once an
-        # option.
-        self.head_option = nn.Linear(hidden, hidden)
-        self.head_out = nn.Linear(hidden, 1)
+        if config.head == "mlp":
+            self.option_encoder = two_layer_mlp(config.option_dim, hidden, hidden)
+            # First layer of g, split: the part that reads z is computed once a user, not once an
+            # option.
+            self.head_option = nn.Linear(hidden, hidden)
+            self.head_out = nn.Linear(hidden, 2 if config.gaussian else 1)
         self.encoder: PreferenceEncoder | None = None
-        self.head_latent: nn.Linear | None = None
+        self.head_latent: nn.Module | None = None
         self.own_scaler: OptionScaler | None = None
         if config.encoder is None:
             self.own_scaler = OptionScaler(config.option_dim)
+            if config.head == "linear":
+                self.taste = nn.Parameter(torch.zeros(config.option_dim))
+            return
+        self.encoder = PreferenceEncoder(
+            EncoderConfig(option_dim=config.option_dim, **config.encoder.model_dump())
+        )
+        latent_dim = config.encoder.latent_dim
+        if config.head == "mlp":
+            self.head_latent = nn.Linear(latent_dim, hidden, bias=False)
         else:
-            self.encoder = PreferenceEncoder(
-                EncoderConfig(option_dim=config.option_dim, **config.encoder.model_dump())
-            )
-            self.head_latent = nn.Linear(config.encoder.latent_dim, hidden, bias=False)
+            self.head_latent = two_layer_mlp(latent_dim, hidden, config.option_dim)
 
     @property
     def scaler(self) -> OptionScaler:
@@ -84,87 +107,81 @@ class RewardModel(nn.Module):
         return None if self.encoder is None else self.encoder(chosen, rejected, mask)
 
     def rewards(self, options: Tensor, z: Tensor | None) -> Tensor:
-        """r of options [U, m, E] for users with latents z [U, Z] → [U, m].
+        """r of options [U, m, E] for users with latents z [U, Z] → [U, m], or with several latents
+        each, z [U, S, Z] → [U, S, m]. A Gaussian reward is given by its mean.
 
         z must be None exactly when there is no encoder (ValueError otherwise).
         """
+        return self._reward_parameters(options, z)[0]
+
+    def _reward_parameters(self, options: Tensor, z: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if (z is None) != (self.head_latent is None):
             raise ValueError(
                 f"z: expected {'None' if self.head_latent is None else '[U, Z]'} for this "
                 f"model, got {'None' if z is None else tuple(z.shape)}"
             )
-        mixed = self.head_option(F.relu(self.option_encoder(self.scaler(options))))
-        if z is not None and self.head_latent is not None:
-            mixed = mixed + self.head_latent(z)[:, None, :]
-        return self.head_out(F.relu(mixed))[..., 0]
+        scaled = self.scaler(options)
+        of_z = None if z is None or self.head_latent is None else self.head_latent(z)
+        if self.config.head == "linear":
+            tastes = self.taste.expand(len(options), -1) if of_z is None else of_z
+            if tastes.ndim == 2:
+                return torch.einsum("ume,ue->um", scaled, tastes), None
+            return torch.einsum("ume,use->usm", scaled, tastes), None
+        mixed = self.head_option(F.relu(self.option_encoder(scaled)))
+        if of_z is not None:
+            mixed = mixed if of_z.ndim == 2 else mixed[:, None]
+            mixed = mixed + of_z[..., None, :]
+        out = self.head_out(F.relu(mixed))
+        if not self.config.gaussian:
+            return out[..., 0], None
+        # Choices only show means in units of the scales, which therefore can have bounds.
+        return out[..., 0], bounded_log_std(out[..., 1])
 
-    def forward(self, batch: dict[str, Tensor]) -> Scores:
-        """Margins of the targets [U, m] given the contexts, z at its mean; see
-        `tasks.collate_options` for the batch. Padded targets get arbitrary finite margins."""
+    def forward(self, batch: dict[str, Tensor], noise: Tensor | None = None) -> Scores:
+        """Probabilities of the targets' options given the contexts; see `tasks.collate_options` for
+        the batch. A padded target is a choice among one option.
+
+        noise [S, Z] standard normal, for a stochastic encoder only: the predictive distribution
+        p = 1/S Σ_s p(· | z_s), the same noise for every user, so that a user's numbers do not
+        depend on their neighbours. Without it z is at its mean. ValueError when it does not fit.
+        """
         latent = self.encode(
             batch["context_chosen"], batch["context_rejected"], batch["context_mask"]
         )
-        z = None if latent is None else latent.mean
-        chosen, rejected = self.target_rewards(batch, z)
-        return Scores(chosen - rejected, z)
+        if noise is None:
+            mean = None if latent is None else latent.mean
+            return Scores(self.target_log_probs(batch, mean), mean)
+        if latent is None:
+            raise ValueError("noise: expected none for a model without an encoder")
+        log_probs = self.target_log_probs(batch, latent.samples(noise))
+        mixture = torch.logsumexp(log_probs, dim=1) - math.log(log_probs.shape[1])
+        return Scores(mixture, latent.mean)
 
-    def target_rewards(self, batch: dict[str, Tensor], z: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Rewards of the chosen and of the rejected targets, each [U, m]."""
+    def target_log_probs(self, batch: dict[str, Tensor], z: Tensor | None) -> Tensor:
+        """log p of the options of every target, the chosen one first: [U, m, K] for z [U, Z] or
+        None, [U, S, m, K] for z [U, S, Z]."""
+        chosen, rejected = batch["target_chosen"], batch["target_rejected"]
         mask = batch["target_mask"]
-        check_pairs(batch["target_chosen"], batch["target_rejected"], mask, self.config.option_dim)
-        options = torch.cat([batch["target_chosen"], batch["target_rejected"]], dim=1)
-        padded = ~torch.cat([mask, mask], dim=1)[..., None]
-        rewards = self.rewards(options.masked_fill(padded, 0.0), z)
-        chosen, rejected = rewards.chunk(2, dim=1)
-        return chosen, rejected
-
-
-class RewardObjective(nn.Module):
-    """The training loss of a `RewardModel`.
-
-    Deterministic (and btl):  mean_j -log sigmoid( r(chosen_j | D_C) - r(rejected_j | D_C) ).
-    Stochastic: the negative evidence bound per target, with z ~ q(z | D_T) of the m targets,
-        mean_j -log sigmoid(...) + kl_weight · mean_U KL[q(z|D_T) || q(z|D_C)] / mean_U m.
-    """
-
-    def __init__(self, model: RewardModel, kl_weight: float) -> None:
-        super().__init__()
-        self.model = model
-        self.kl_weight = kl_weight
-
-    def forward(
-        self,
-        context_chosen: Tensor,
-        context_rejected: Tensor,
-        context_mask: Tensor,
-        target_chosen: Tensor,
-        target_rejected: Tensor,
-        target_mask: Tensor,
-    ) -> dict[str, Tensor]:
-        batch = {
-            "target_chosen": target_chosen,
-            "target_rejected": target_rejected,
-            "target_mask": target_mask,
-        }
-        latent = self.model.encode(context_chosen, context_rejected, context_mask)
-        z = None if latent is None else latent.mean
-        outputs: dict[str, Tensor] = {}
-        kl_per_target = None
-        if latent is not None and latent.log_std is not None:
-            posterior = self.model.encode(target_chosen, target_rejected, target_mask)
-            assert posterior is not None
-            assert posterior.log_std is not None
-            z = posterior.rsample()
-            kl = kl_diagonal_gaussians(
-                posterior.mean, posterior.log_std, latent.mean, latent.log_std
-            )
-            outputs["kl"] = kl.mean()
-            kl_per_target = kl.sum() / target_mask.sum()
-        chosen, rejected = self.model.target_rewards(batch, z)
-        loss = btl_loss(chosen, rejected, target_mask)
-        outputs["accuracy"] = ((chosen > rejected) & target_mask).sum() / target_mask.sum()
-        outputs["loss"] = loss if kl_per_target is None else loss + self.kl_weight * kl_per_target
-        return outputs
+        check_choices(chosen, rejected, mask, self.config.option_dim)
+        num_users, num_targets, option_dim = chosen.shape
+        chosen = chosen.masked_fill(~real_choices(mask)[..., None], 0.0)
+        rejected = rejected.masked_fill(~mask[..., None], 0.0)
+        options = torch.cat([chosen, rejected.reshape(num_users, -1, option_dim)], dim=1)
+        value, log_std = self._reward_parameters(options, z)
+        if log_std is not None:
+            if mask.ndim == 3:
+                raise ValueError(
+                    "rejected: expected pairs for a Gaussian reward, got choices among several"
+                )
+            first, second = value.chunk(2, dim=-1)
+            std_first, std_second = log_std.chunk(2, dim=-1)
+            return gaussian_reward_log_probs((first, std_first), (second, std_second))
+        of_chosen, of_rejected = value[..., :num_targets], value[..., num_targets:]
+        real = mask if mask.ndim == 3 else mask[..., None]
+        of_rejected = of_rejected.reshape(*of_chosen.shape, real.shape[-1])
+        if of_chosen.ndim == 3:
+            real = real[:, None]
+        return luce_log_probs(of_chosen, of_rejected, real.expand_as(of_rejected))
 
 
 def save_reward(model: RewardModel, folder: str | Path) -> None:

@@ -27,10 +27,13 @@ from ..models.language_model import LanguageModel
 from ..models.packed import PackedOptions, batches_by_tokens
 from ..request import Completion, SamplingParams
 from .answers import read_answers, read_prompts
-from .policy import MAX_BATCH_TOKENS, answer_logprobs
+from .policy_options import MAX_BATCH_TOKENS, answer_logprobs
 from .population import PopulationConfig, candidates, heldout_answers, simulate
 from .reward import PreferenceFiles
 from .tastes import TASTES, TasteScale, has_loop, repetition
+
+# A mean this many standard errors above zero is above it with 95 % confidence, two-sided.
+_NORMAL_95 = 1.96
 
 
 class SwapTestConfig(BaseModel):
@@ -232,14 +235,26 @@ def _swap(
     between = [f"mix {m:g}" for m in sorted(config.mixtures)]
     means = [float(scores[taste, name].mean()) for name in ("less", *between, "more")]
     difference = scores[taste, "more"] - scores[taste, "less"]
+    measured = _mean_and_error(difference)
     return {
-        "more_minus_less": _mean_and_error(difference),
+        "more_minus_less": measured,
+        "passes": bool(measured["mean"] > _NORMAL_95 * measured["standard_error"]),
         "share_of_prompts_right": float((difference > 0).mean()),
         "share_of_prompts_wrong": float((difference < 0).mean()),
         "means_from_less_to_more": means,
         "monotone": all(a <= b for a, b in pairwise(means)),
+        "spearman": spearman(means),
         "unmodulated": float(scores[taste, "unmodulated"].mean()),
     }
+
+
+def spearman(values: Sequence[float]) -> float:
+    """Rank correlation of values with their order: 1 if they only rise. Equal ones share a rank."""
+    array = np.asarray(values)
+    ranks = (array[:, None] > array).sum(1) + 0.5 * ((array[:, None] == array).sum(1) - 1)
+    if np.ptp(ranks) == 0:
+        return 0.0
+    return float(np.corrcoef(np.arange(len(array)), ranks)[0, 1])
 
 
 def _mean_and_error(values: np.ndarray) -> dict[str, float]:

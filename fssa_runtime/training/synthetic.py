@@ -7,6 +7,8 @@ context of n random pairs leaves the kind open with probability p^n, and then on
 pairs can be predicted. Hence for the best possible predictor (our derivation)
 
     accuracy = 1 - ½ (1-p) p^n,   NLL = ln 2 · (1-p) p^n nats,   identification error = ½ p^n.
+
+Users may also choose among more than two options, then of course the one of largest reward.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fssa_runtime.conditioning.encoder import real_choices
 from fssa_runtime.training.tasks import TRAINING, OptionTask, TaskConfig
 
 PopulationName = Literal["interval", "normal"]
@@ -84,32 +87,47 @@ class Population:
         return 0.5 * self.agreement**n
 
     def conflicts(self, chosen: Tensor, rejected: Tensor) -> Tensor:
-        """Where the two kinds choose differently, [...] bool, from options [..., E]."""
+        """Where the two kinds choose differently, [...] bool, from pairs of options [..., E]."""
         ahead = self.rewards(chosen) > self.rewards(rejected)
         return ahead[..., 0] != ahead[..., 1]
 
-    def bayes_margin(self, batch: dict[str, Tensor]) -> Tensor:
-        """Best possible margins [U, m] for a batch of tasks (as from `collate_options`).
+    def bayes_log_probs(self, batch: dict[str, Tensor]) -> Tensor:
+        """Log-probabilities [U, m, K] of the best possible predictor for a batch of tasks (as from
+        `collate_options`), the chosen option first.
 
-        ±∞ where the context determines the choice, 0 where it does not: scored like any model,
-        it gives the limit on exactly these tasks instead of on average.
+        Each kind that agrees with the whole context puts its share of the probability on its own
+        favourite. Scored like any model, this gives the limit on exactly these tasks instead of on
+        average.
         """
-        context = self.rewards(batch["context_chosen"]) > self.rewards(batch["context_rejected"])
-        possible = (context | ~batch["context_mask"][..., None]).all(dim=1)[:, None, :]
-        prefers = self.rewards(batch["target_chosen"]) > self.rewards(batch["target_rejected"])
-        right, wrong = (prefers & possible).any(-1), (~prefers & possible).any(-1)
-        sure = torch.where(right, math.inf, -math.inf)
-        return torch.where(right & wrong, 0.0, sure)
+        context = self._favourites(batch, "context")[..., 0, :]
+        real = real_choices(batch["context_mask"])[..., None]
+        possible = (context | ~real).all(dim=1)[:, None, None, :]
+        share = possible.double() / possible.sum(dim=-1, keepdim=True)
+        return (self._favourites(batch, "target") * share).sum(dim=-1).log()
+
+    def _favourites(self, batch: dict[str, Tensor], kind: str) -> Tensor:
+        """Which option each kind of user would choose, [U, n, K, 2] bool, the chosen one first."""
+        chosen, rejected = batch[f"{kind}_chosen"], batch[f"{kind}_rejected"]
+        mask = batch[f"{kind}_mask"]
+        if mask.ndim == 2:
+            rejected, mask = rejected[:, :, None], mask[..., None]
+        rewards = self.rewards(torch.cat([chosen[:, :, None], rejected], dim=2))
+        absent = torch.cat([torch.zeros_like(mask[..., :1]), ~mask], dim=2)
+        rewards = rewards.masked_fill(absent[..., None], -math.inf)
+        best = rewards.argmax(dim=2, keepdim=True)
+        return torch.zeros_like(rewards, dtype=torch.bool).scatter(2, best, True)
 
 
 class SyntheticTasks(Dataset[OptionTask]):
     """Map-style data set of fresh tasks; options are float32 [.., E].
 
+    A choice is among `num_options`; rejected is [n, E] for pairs and [n, num_options - 1, E] else.
     Tasks 2i and 2i+1 show the same option pairs to a user of each kind (their contexts may
     differ in length): both kinds are equally frequent in every batch, which takes the luck of
     the draw out of n = 0. Context and targets are separate draws and never share a pair.
-    Deterministic from (seed, stream, index). With fixed n (`TaskConfig.with_context`) and the
-    same seed, contexts are nested and targets are the same for every n up to `max_context`.
+    With `mode` all tasks are of that kind of user. Deterministic from (seed, stream, index). With
+    fixed n (`TaskConfig.with_context`) and the same seed, contexts are nested and targets are the
+    same for every n up to `max_context`.
     """
 
     def __init__(
@@ -121,7 +139,11 @@ class SyntheticTasks(Dataset[OptionTask]):
         seed: int,
         stream: int = TRAINING,
         max_context: int | None = None,
+        num_options: int = 2,
+        mode: int | None = None,
     ) -> None:
+        self.num_options = num_options
+        self.mode = mode
         self.population = population
         self.config = config
         self.num_tasks = num_tasks
@@ -143,25 +165,32 @@ class SyntheticTasks(Dataset[OptionTask]):
         """The tasks of a whole batch at once (torch's DataLoader asks for them this way): one by
         one, making the tasks took longer than a training step on them."""
         config, total = self.config, self._max_context + self.config.num_targets
-        options = np.empty((len(indices), total, 2, self.population.option_dim), np.float32)
+        shape = (len(indices), total, self.num_options, self.population.option_dim)
+        options = np.empty(shape, np.float32)
         lengths = []
         for i, index in enumerate(indices):
             if not 0 <= index < self.num_tasks:
                 raise IndexError(f"index: expected 0..{self.num_tasks - 1}, got {index}")
             rng = np.random.default_rng((*self._key, index // 2))
-            options[i] = self.population.sample_options(rng, (total, 2))
+            options[i] = self.population.sample_options(rng, (total, self.num_options))
             both = rng.integers(config.context_min, config.context_max, 2, endpoint=True)
             lengths.append(int(both[index % 2]))
-        pairs = torch.from_numpy(options)
+        offered = torch.from_numpy(options)
         modes = torch.tensor(indices) % 2
-        rewards = self.population.rewards(pairs)[torch.arange(len(indices)), ..., modes]
-        swap = (rewards[..., 1] > rewards[..., 0])[..., None]
-        chosen = torch.where(swap, pairs[:, :, 1], pairs[:, :, 0])
-        rejected = torch.where(swap, pairs[:, :, 0], pairs[:, :, 1])
+        if self.mode is not None:
+            modes.fill_(self.mode)
+        rewards = self.population.rewards(offered)[torch.arange(len(indices)), ..., modes]
+        # The chosen option first, the others behind it in the order they had.
+        order = (rewards < rewards.max(dim=-1, keepdim=True).values).int()
+        order = order.argsort(dim=-1, stable=True)[..., None].expand_as(offered)
+        sorted_options = offered.gather(2, order)
+        chosen, rejected = sorted_options[:, :, 0], sorted_options[:, :, 1:]
+        if self.num_options == 2:
+            rejected = rejected[:, :, 0]
         return [
             OptionTask(
                 user=str(index),
-                mode=str(index % 2),
+                mode=str(int(modes[i])),
                 context_chosen=chosen[i, :n],
                 context_rejected=rejected[i, :n],
                 target_chosen=chosen[i, self._max_context :],

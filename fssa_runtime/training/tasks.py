@@ -6,9 +6,9 @@ uninterrupted one, and evaluation (`EVALUATION`) never meets a training draw (`T
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -17,8 +17,6 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from typing_extensions import Self
-
-from fssa_runtime.training.data import PreferenceData
 
 TRAINING = 0
 EVALUATION = 1
@@ -52,6 +50,21 @@ class TaskConfig(BaseModel):
         return self.model_copy(update={"context_min": n, "context_max": n})
 
 
+class ChoiceRecords(Protocol):
+    """Recorded choices, referred to by row 0..N-1: `data.PreferenceData`, `choices.ChoiceData`."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def rows_by_user(self) -> Mapping[str, np.ndarray]: ...
+
+    @property
+    def prompt_ids(self) -> np.ndarray: ...
+
+    @property
+    def mode_of_user(self) -> Mapping[str, str]: ...
+
+
 @dataclass(frozen=True)
 class Task:
     """Rows of one user's preferences: `context` [n] and `target` [m], int64, disjoint."""
@@ -64,8 +77,12 @@ class Task:
 
 @dataclass(frozen=True)
 class OptionTask:
-    """A task with its options as tensors: context [n, E], targets [m, E]; `user` tells apart
-    those whose errors are independent."""
+    """A task with its options as tensors; `user` tells apart those whose errors are independent.
+
+    chosen: [n, E] and [m, E]. Pairs: rejected [n, E] and [m, E], no masks. Choices among up to
+    R + 1 options: rejected [n, R, E] and [m, R, E] with masks [n, R] and [m, R] bool, True for a
+    real option (None: all are). All tasks of a data set are of one form, with one R.
+    """
 
     user: str
     mode: str
@@ -73,6 +90,8 @@ class OptionTask:
     context_rejected: Tensor
     target_chosen: Tensor
     target_rejected: Tensor
+    context_mask: Tensor | None = None
+    target_mask: Tensor | None = None
 
 
 class TaskDataset(Dataset[Task]):
@@ -90,7 +109,7 @@ class TaskDataset(Dataset[Task]):
 
     def __init__(
         self,
-        data: PreferenceData,
+        data: ChoiceRecords,
         rows: np.ndarray,
         config: TaskConfig,
         *,
@@ -151,12 +170,16 @@ class TaskDataset(Dataset[Task]):
 
 
 class EmbeddedTaskDataset(Dataset[OptionTask]):
-    """The tasks of a `TaskDataset` with options looked up in tables chosen, rejected [N, E]."""
+    """The tasks of a `TaskDataset` with options looked up in tables: chosen [N, E], rejected
+    [N, E], or [N, R, E] with the mask of its real options [N, R] for choices among several."""
 
-    def __init__(self, tasks: TaskDataset, chosen: Tensor, rejected: Tensor) -> None:
+    def __init__(
+        self, tasks: TaskDataset, chosen: Tensor, rejected: Tensor, mask: Tensor | None = None
+    ) -> None:
         self._tasks = tasks
         self._chosen = chosen
         self._rejected = rejected
+        self._mask = mask
 
     def __len__(self) -> int:
         return len(self._tasks)
@@ -171,23 +194,32 @@ class EmbeddedTaskDataset(Dataset[OptionTask]):
             self._rejected[context],
             self._chosen[target],
             self._rejected[target],
+            None if self._mask is None else self._mask[context],
+            None if self._mask is None else self._mask[target],
         )
 
 
 def collate_options(tasks: Sequence[OptionTask]) -> dict[str, Tensor]:
     """Pad U tasks into one batch.
 
-    Returns context_chosen, context_rejected [U, n_max, E], context_mask [U, n_max] bool, and
-    target_chosen, target_rejected [U, m_max, E], target_mask [U, m_max] bool; padding is 0.
+    Returns context_chosen [U, n_max, E] and target_chosen [U, m_max, E]. For pairs, rejected of the
+    same shapes, context_mask [U, n_max] and target_mask [U, m_max] bool. For choices among several,
+    rejected [U, n_max, R, E] and [U, m_max, R, E] and masks without E. Padding is 0.
     """
-    return {
-        "context_chosen": pad_sequence([t.context_chosen for t in tasks], batch_first=True),
-        "context_rejected": pad_sequence([t.context_rejected for t in tasks], batch_first=True),
-        "context_mask": _mask([len(t.context_chosen) for t in tasks]),
-        "target_chosen": pad_sequence([t.target_chosen for t in tasks], batch_first=True),
-        "target_rejected": pad_sequence([t.target_rejected for t in tasks], batch_first=True),
-        "target_mask": _mask([len(t.target_chosen) for t in tasks]),
-    }
+    batch: dict[str, Tensor] = {}
+    for kind in ("context", "target"):
+        rejected = [getattr(task, f"{kind}_rejected") for task in tasks]
+        masks = [
+            torch.ones(r.shape[:-1], dtype=torch.bool)
+            if (found := getattr(task, f"{kind}_mask")) is None
+            else found
+            for task, r in zip(tasks, rejected, strict=True)
+        ]
+        chosen = [getattr(task, f"{kind}_chosen") for task in tasks]
+        batch[f"{kind}_chosen"] = pad_sequence(chosen, batch_first=True)
+        batch[f"{kind}_rejected"] = pad_sequence(rejected, batch_first=True)
+        batch[f"{kind}_mask"] = pad_sequence(masks, batch_first=True)
+    return batch
 
 
 def collate_rows(tasks: Sequence[Task]) -> dict[str, Tensor]:

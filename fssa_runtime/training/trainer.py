@@ -45,6 +45,9 @@ _NOT_DECISIVE = {
 }
 _SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
+# Items of a batch that an error names.
+MAX_NAMED = 5
+
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
 
@@ -143,7 +146,9 @@ def fit(
 
     Raises ValueError: data set too short, checkpoints present with neither `resume` nor
     `overwrite`, a checkpoint from other settings or of another module, CUDA wanted but absent;
-    FloatingPointError: the loss is NaN or infinite (names the step).
+    FloatingPointError: the loss or a gradient is NaN or infinite. The weights are not touched by
+    that step; the error names the step, its items of the data set, their users where items have
+    one, and which of them give such a loss on their own.
     """
     length = len(dataset)  # type: ignore[arg-type]
     if length < settings.num_tasks:
@@ -217,12 +222,42 @@ class _TaskTrainer(Trainer):
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"loss: expected a finite number, got {loss.item()} in step "
-                f"{self.state.global_step + 1}"
+                f"{self.state.global_step + 1}{self._offending(model)}"
             )
         for name, value in outputs.items():
             if name != "loss":
                 self._scalars.setdefault(name, []).append(value.detach())
         return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(model, *args, **kwargs)
+        # A finite loss can have a gradient that is not: the next step would then be the one that
+        # fails, with a batch that is none of the cause.
+        norms = [p.grad.detach().norm() for p in model.parameters() if p.grad is not None]
+        if norms and not torch.isfinite(torch.stack(norms)).all():
+            raise FloatingPointError(
+                f"gradient: expected finite numbers, got NaN or infinity in step "
+                f"{self.state.global_step + 1}{self._offending(model)}"
+            )
+        return loss
+
+    def _offending(self, model: nn.Module) -> str:
+        """Which items of the data set the step read, and which of them fail on their own."""
+        per_step = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        first = self.state.global_step * per_step
+        items = {i: self.train_dataset[i] for i in range(first, first + per_step)}
+        alone = []
+        with torch.no_grad():
+            for index, item in items.items():
+                batch = self._prepare_inputs(self.data_collator([item]))
+                if not torch.isfinite(model(**batch)["loss"]):
+                    alone.append(_name(index, item))
+        named = ", ".join(alone[:MAX_NAMED]) or "none"
+        more = f" and {len(alone) - MAX_NAMED} more" if len(alone) > MAX_NAMED else ""
+        return (
+            f" (items {first}..{first + per_step - 1} of the data set; on its own not finite: "
+            f"{named}{more})"
+        )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
@@ -230,6 +265,11 @@ class _TaskTrainer(Trainer):
                 logs[name] = torch.stack(values).float().mean().item()
             self._scalars = {}
         super().log(logs, *args, **kwargs)
+
+
+def _name(index: int, item: Any) -> str:
+    user = getattr(item, "user", None)
+    return f"item {index}" if user is None else f"item {index} (user {user!r})"
 
 
 def _training_arguments(settings: TrainSettings) -> TrainingArguments:

@@ -26,6 +26,10 @@ FAMILIES: dict[str, list[dict[str, Any]]] = {
     "core": [{"family": "core", "sites": ALL_LINEARS, "rank": 2}],
     "static": [{"family": "static", "sites": ("q", "v"), "rank": 2}],
     "factors": [{"family": "factors", "sites": ALL_LINEARS, "rank": 2}],
+    "some-layers": [
+        {"family": "film", "layers": (1,)},
+        {"family": "gated", "sites": ALL_LINEARS, "rank": 3, "layers": (2, 0)},
+    ],
     "authors": [{"family": "static", "sites": ("q", "v"), "rank": 2}, {"family": "film"}],
     "mixed": [
         {"family": "core", "sites": ("q", "k", "v"), "rank": 2},

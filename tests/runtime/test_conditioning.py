@@ -25,7 +25,7 @@ from fssa_runtime.llm import LLM
 from fssa_runtime.models.language_model import LanguageModel
 from fssa_runtime.models.packed import PackedOptions
 from fssa_runtime.request import SamplingParams
-from fssa_runtime.training.policy import answer_logprobs
+from fssa_runtime.training.policy_options import answer_logprobs
 
 from .conditioned import CHOICES, FAMILIES, random_conditioning, random_row, small_model
 from .models import reference_model

@@ -98,6 +98,11 @@ BAD_LINES = [
         "field 'prompt': message 2: field 'content': expected text, got null",
     ),
     ({**TEXT, "rejected": "Hi."}, "expected two different answers"),
+    ({**TEXT, "rejected": []}, "field 'rejected': expected at least one answer, got none"),
+    ({**TEXT, "rejected": ["No.", "Hi."]}, "expected two different answers"),
+    ({**TEXT, "rejected": ["No.", "No."]}, "field 'rejected': expected different answers"),
+    ({**TEXT, "rejected": [CHAT["rejected"]]}, "field 'rejected': expected text like 'prompt'"),
+    ({**CHAT, "rejected": [CHAT["rejected"], []]}, "'rejected': answer 1: expected at least one"),
 ]
 
 
@@ -107,6 +112,23 @@ def test_a_bad_line_is_named(tmp_path, line, message):
     with pytest.raises(PreferenceError, match=message) as caught:
         read_preferences(path)
     assert str(caught.value).startswith(f"{path}:2: ")
+
+
+def test_choices_among_several_are_read_where_they_can_be_used(tmp_path):
+    dull = [{"role": "assistant", "content": "Hm."}]
+    path = write(
+        tmp_path / "p.jsonl",
+        {**TEXT, "rejected": ["No.", "Go away."]},
+        {**CHAT, "rejected": [CHAT["rejected"][0:1], dull]},
+        {**TEXT, "rejected": ["No."]},
+    )
+    text, chat, pair = read_preferences(path, pairs_only=False).preferences
+    assert text.all_rejected == ("No.", "Go away.")
+    no = (Message("assistant", "No."),)
+    assert (chat.rejected, chat.also_rejected) == (no, ((Message("assistant", "Hm."),),))
+    assert pair == Preference("u1", "Hello?", "Hi.", "No.")
+    with pytest.raises(PreferenceError, match=r"p.jsonl:1: .* only pairs can be used here, got 2"):
+        read_preferences(path)
 
 
 def test_a_truncated_gzip_file_is_named(tmp_path):

@@ -91,6 +91,40 @@ def test_result_follows_formula(aggregate):
 
 
 @pytest.mark.parametrize(("aggregate", "stochastic"), VARIANTS)
+def test_choices_among_several_average_over_what_was_rejected(aggregate, stochastic):
+    """Users with 2 choices among three, one pair, or nothing, in one batch and by hand."""
+    encoder = make_encoder(aggregate, stochastic)
+    generator = torch.Generator().manual_seed(2)
+    chosen = torch.randn(3, 4, 3, generator=generator, dtype=torch.float64)
+    rejected = torch.randn(3, 4, 2, 3, generator=generator, dtype=torch.float64)
+    mask = torch.zeros(3, 4, 2, dtype=torch.bool)
+    mask[0, 1:3] = True
+    mask[1, 2, 1] = True
+    chosen[~mask.any(-1)] = float("nan")
+    rejected[~mask] = float("nan")
+    got = stacked(encoder(chosen, rejected, mask))
+    assert torch.isfinite(got).all()
+
+    pair = encoder(chosen[1:2, 2:3], rejected[1:2, 2:3, 1], torch.ones(1, 1, dtype=torch.bool))
+    torch.testing.assert_close(got[1], stacked(pair)[0], rtol=0, atol=1e-12)
+    torch.testing.assert_close(got[2], stacked(encoder(*make_choices([0])))[0], rtol=0, atol=1e-12)
+    # The order of the rejected options does not matter, which is the chosen one does.
+    flipped = stacked(encoder(chosen, rejected.flip(2), mask.flip(2)))
+    torch.testing.assert_close(flipped, got, rtol=0, atol=1e-12)
+    swapped, others = chosen.clone(), rejected.clone()
+    swapped[0], others[0, :, 0] = rejected[0, :, 0], chosen[0]
+    assert (stacked(encoder(swapped, others, mask))[0] - got[0]).abs().max() > 1e-3
+    if aggregate == "attention":
+        return
+    scaled = [encoder.scaler(x[0, 1:3]) for x in (chosen, rejected)]
+    both = scaled[0][:, None].expand(2, 2, 3)
+    each = encoder.h1(torch.cat([both, scaled[1]], -1)).mean(1)
+    summary = encoder.summarise(chosen, rejected, mask)
+    torch.testing.assert_close(summary.total[0], each.sum(0))
+    assert summary.count.tolist() == [2, 1, 0]
+
+
+@pytest.mark.parametrize(("aggregate", "stochastic"), VARIANTS)
 def test_no_choices_give_the_learned_prior(aggregate, stochastic):
     encoder = make_encoder(aggregate, stochastic)
     empty = encoder(*make_choices([0, 0], width=0))
@@ -176,6 +210,22 @@ def test_deterministic_sample_is_the_mean():
     assert latent.rsample() is latent.mean
 
 
+@pytest.mark.parametrize("aggregate", AGGREGATES)
+def test_latents_are_moved_and_scaled_exactly(aggregate):
+    encoder = make_encoder(aggregate)
+    choices = make_choices([4, 0, 1])
+    before = encoder(*choices).mean
+    encoder.centre_latents()
+    torch.testing.assert_close(encoder(*choices).mean, before - before[1])
+    encoder.scale_latents(0.25)
+    torch.testing.assert_close(encoder(*choices).mean, 0.25 * (before - before[1]))
+    assert torch.equal(encoder(*choices).mean[1], torch.zeros(5, dtype=torch.float64))
+    stochastic = make_encoder(aggregate, stochastic=True)
+    for change in (stochastic.centre_latents, lambda: stochastic.scale_latents(2.0)):
+        with pytest.raises(ValueError, match="expected a deterministic encoder"):
+            change()
+
+
 def test_scaling_is_fitted_saved_and_applied():
     generator = torch.Generator().manual_seed(0)
     options = torch.randn(500, 3, generator=generator) * torch.tensor([1e-3, 1.0, 1e4]) + 7
@@ -213,6 +263,8 @@ def test_bad_inputs_name_the_argument():
         encoder(chosen, rejected[:, :1], mask)
     with pytest.raises(ValueError, match="mask: expected"):
         encoder(chosen, rejected, mask[:1])
+    with pytest.raises(ValueError, match=r"mask: expected \(2, 2, 1\) to match rejected"):
+        encoder(chosen, rejected[:, :, None], mask)
     with pytest.raises(TypeError, match=r"mask: expected dtype torch\.bool"):
         encoder(chosen, rejected, mask.int())
 

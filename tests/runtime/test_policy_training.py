@@ -19,16 +19,18 @@ from fssa_runtime.models.packed import PackedOptions
 from fssa_runtime.training.data import read_preferences
 from fssa_runtime.training.policy import (
     CONDITIONING_DIR,
+    METRICS_FILE,
+    PolicyObjective,
+    train_policy,
+)
+from fssa_runtime.training.policy_options import (
     LOOP_TOKENS,
     MAX_LOOP_SPAN,
-    METRICS_FILE,
-    PolicyConfig,
-    PolicyObjective,
     answer_logprobs,
     loop_of,
     prepare_options,
-    train_policy,
 )
+from fssa_runtime.training.policy_recipe import PolicyConfig
 
 from .conditioned import small_model
 from .models import reference_model
@@ -106,9 +108,12 @@ def test_users_are_told_apart_by_their_choices(model: LanguageModel, tmp_path: P
     result = train_policy(recipe(model, tmp_path), model)
     assert all(torch.equal(a, b) for a, b in zip(before, model.decoder.parameters(), strict=True))
     # Without telling users apart, half of the held-out choices would be wrong.
-    measured = {entry["n"]: entry["accuracy"] for entry in result.metrics["heldout"]}
-    assert measured[2] >= 0.9
-    assert measured[1000] is None  # nobody has made so many choices: said, not invented
+    measured = result.metrics["heldout"]["contexts"]
+    assert measured["2"]["accuracy"] >= 0.9
+    assert measured["2"]["active_latent_units"] >= 1
+    assert "1000" not in measured  # nobody has made so many choices: nothing is invented
+    assert result.conditioning is not None
+    assert result.conditioning.notes["heldout"][0]["accuracy"] == measured["2"]["accuracy"]
     folder = tmp_path / "run"
     assert json.loads((folder / METRICS_FILE).read_text())["heldout"] == result.metrics["heldout"]
     loaded = load_conditioning(folder / CONDITIONING_DIR, model.decoder, model.fingerprint)
@@ -137,6 +142,7 @@ def test_the_loss_is_that_of_the_docstring(model: LanguageModel, tmp_path: Path)
     assert config.encoder is not None
     settings = config.encoder.model_dump()
     encoder = PreferenceEncoder(EncoderConfig(option_dim=options.embeddings.shape[1], **settings))
+    assert config.modulator is not None
     modulator = Modulator(config.modulator, model.decoder.config)
     with torch.no_grad():
         for parameter in modulator.lora_b.values():
@@ -198,9 +204,30 @@ def test_a_resumed_run_equals_an_uninterrupted_one(model: LanguageModel, tmp_pat
         file.unlink()
     newest.rmdir()
     resumed = train_policy(recipe(model, tmp_path / "parts", resume=True, **settings), model)
+    assert resumed.fit is not None
     assert resumed.fit.resumed_at == 3
+    assert whole.conditioning is not None
+    assert resumed.conditioning is not None
     for name, tensor in whole.conditioning.tensors().items():
         assert torch.equal(resumed.conditioning.tensors()[name], tensor), name
+
+
+def test_who_has_said_nothing_meets_the_base_model(model: LanguageModel, tmp_path: Path) -> None:
+    write_choices(tmp_path / "choices.jsonl")
+    config = recipe(model, tmp_path).model_copy(update={"nobody_is_base": True})
+    conditioning = train_policy(config, model).conditioning
+    assert conditioning is not None
+    loaded = load_conditioning(
+        tmp_path / "run" / CONDITIONING_DIR, model.decoder, model.fingerprint
+    )
+    identity = loaded.modulator.layout.identity()
+    assert torch.equal(loaded.row(loaded.infer(model, [])), identity)
+    somebody = loaded.row(loaded.infer(model, [Choice("red", "aaaa 1", "bbbb 1")]))
+    assert (somebody - identity).abs().max() > 0.01
+    # Without it the row of nobody is trained, too.
+    other = train_policy(recipe(model, tmp_path, overwrite=True), model).conditioning
+    assert other is not None
+    assert (other.row(other.infer(model, [])) - identity).abs().max() > 0.001
 
 
 def test_an_encoder_of_another_size_is_refused(model: LanguageModel, tmp_path: Path) -> None:

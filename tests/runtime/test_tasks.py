@@ -187,7 +187,7 @@ def test_limits_agree_with_simulation(population):
         for n in (0, 1, 3)
     }
     measured = evaluate(
-        lambda batch: Scores(population.bayes_margin(batch), None),
+        lambda batch: Scores(population.bayes_log_probs(batch), None),
         by_n,
         collate=collate_options,
         batch_size=1000,
@@ -285,3 +285,27 @@ def test_bad_populations_are_refused():
         Population("normal", 1.5)
     with pytest.raises(ValueError, match="rho: expected 0 for the interval"):
         Population("interval", 0.5)
+
+
+def test_synthetic_choices_among_several():
+    config = TaskConfig(context_max=4, num_targets=50)
+    for population in POPULATIONS:
+        tasks = SyntheticTasks(population, config, num_tasks=20, seed=0, num_options=4)
+        batch = collate_options(list(tasks))
+        assert batch["target_rejected"].shape == (20, 50, 3, population.option_dim)
+        best = population.rewards(batch["target_chosen"])
+        others = population.rewards(batch["target_rejected"])
+        for user in range(20):
+            assert (best[user, :, None, user % 2] >= others[user, ..., user % 2]).all()
+        # The best predictor never rules out what happened, and knows more with more context.
+        assert torch.isfinite(population.bayes_log_probs(batch)[..., 0]).all()
+
+
+def test_users_of_one_kind_only():
+    config = TaskConfig(context_max=4, num_targets=5)
+    both = SyntheticTasks(Population(), config, num_tasks=8, seed=0)
+    for mode in (0, 1):
+        tasks = SyntheticTasks(Population(), config, num_tasks=8, seed=0, mode=mode)
+        assert {task.mode for task in tasks} == {str(mode)}
+        for index in range(mode, 8, 2):
+            assert torch.equal(tasks[index].target_chosen, both[index].target_chosen)

@@ -1,0 +1,175 @@
+"""NP-DPO on text with known tastes, between the model for everybody and those for one kind alone.
+
+    python -m benchmarks.policies --json benchmarks/results/cpu/policies.json
+
+Four kinds of people want more or less of one of two tastes (`recipes/text_study`). One DPO policy
+for everybody is the floor, a DPO policy dedicated to each kind the ceiling, and choices pasted into
+the prompt what costs no training. Between them stands NP-DPO, conditioned on n choices of people
+and for prompts it never met, with the families of modulation at about equal numbers a user, and
+FiLM on every block, as in the paper. A run that is finished in the folder of runs, by the same
+recipe, is read and not repeated, so this goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fssa_runtime.conditioning.layout import RowLayout
+from fssa_runtime.models.language_model import LanguageModel
+from fssa_runtime.threads import set_threads
+from fssa_runtime.training.commands import choices_command, train_reward_command
+from fssa_runtime.training.policy import METRICS_FILE, train_policy
+from fssa_runtime.training.policy_recipe import PolicyConfig
+from fssa_runtime.training.reward import METRICS_FILE as REWARD_METRICS
+from fssa_runtime.training.trainer import load_config
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPES = ROOT / "recipes" / "text_study"
+ANSWERS = ROOT / "recipes" / "smollm2_135m" / "answers.jsonl"
+RUNS = Path("runs") / "text_study"
+
+KINDS = ("length+", "length-", "lists+", "lists-")
+EVERYBODY, PROMPT = "DPO, everybody", "choices in the prompt"
+SITES = ["q", "v", "o", "up", "down"]
+FAMILIES: dict[str, dict[str, Any]] = {
+    "NP-DPO, gated": {"family": "gated", "sites": SITES, "rank": 11},
+    "NP-DPO, core": {"family": "core", "sites": SITES, "rank": 4, "layers": list(range(5, 26))},
+    "NP-DPO, film, two blocks": {"family": "film", "layers": [10, 20]},
+    "NP-DPO, film": {"family": "film"},
+}
+NOBODY: dict[str, Any] = {
+    "method": "dpo",
+    "init_encoder": None,
+    "freeze_encoder": False,
+    "nobody_is_base": False,
+    "tasks": {"context_min": 0, "context_max": 0, "num_targets": 1},
+}
+
+
+def variants(recipe: PolicyConfig) -> dict[str, PolicyConfig]:
+    """Every policy that is compared, by name."""
+    base = recipe.model_dump()
+    made: dict[str, dict[str, Any]] = {}
+    for name, family in FAMILIES.items():
+        made[name] = {"modulator": base["modulator"] | {"families": [family]}}
+    floor = NOBODY | {"evaluation": base["evaluation"] | {"contexts": [0]}}
+    made[EVERYBODY] = floor
+    for kind in KINDS:
+        made[f"DPO, {kind}"] = floor | {"data": base["data"] | {"mode": kind}}
+    made[PROMPT] = {"method": "prompt", "modulator": None}
+    made[PROMPT] |= {"init_encoder": None, "freeze_encoder": False, "nobody_is_base": False}
+    return {name: PolicyConfig.model_validate(base | changes) for name, changes in made.items()}
+
+
+def finished(config: PolicyConfig, folder: Path, seed: int) -> tuple[PolicyConfig, dict | None]:
+    """The recipe with its folder and seed, and the metrics of a run by it that is there already."""
+    here = {"output_dir": folder, "resume": False, "overwrite": True}
+    train = config.train.model_copy(update=here | {"seed": seed})
+    wanted = config.model_copy(update={"train": train})
+    if not (folder / METRICS_FILE).is_file():
+        return wanted, None
+    metrics = json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))
+    recorded = PolicyConfig.model_validate(metrics["recipe"])
+    recorded = recorded.model_copy(update={"train": recorded.train.model_copy(update=here)})
+    return wanted, metrics if recorded == wanted else None
+
+
+def closed(runs: Mapping[str, Mapping[str, Any]], name: str, n: str) -> dict[str, Any]:
+    """Shares of the gap between the policy for everybody and the dedicated ones, by kind and in
+    all: (accuracy of the policy − everybody's) / (dedicated − everybody's)."""
+    found = {}
+    for kind in KINDS:
+        own = runs[name]["contexts"][n]["modes"][kind]["accuracy"]
+        floor = runs[EVERYBODY]["contexts"]["0"]["modes"][kind]["accuracy"]
+        ceiling = runs[f"DPO, {kind}"]["contexts"]["0"]["accuracy"]
+        found[kind] = {"accuracy": own, "everybody": floor, "dedicated": ceiling}
+    gained = sum(entry["accuracy"] - entry["everybody"] for entry in found.values())
+    gap = sum(entry["dedicated"] - entry["everybody"] for entry in found.values())
+    return {"kinds": found, "share": gained / gap if gap else None}
+
+
+def summary(by_seed: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, Any]:
+    """Accuracy by n and the share of the gap closed, mean and each seed's."""
+    result: dict[str, Any] = {}
+    for name in by_seed[0]:
+        contexts = by_seed[0][name]["contexts"]
+        entry: dict[str, Any] = {
+            "accuracy": {
+                n: statistics.fmean(runs[name]["contexts"][n]["accuracy"] for runs in by_seed)
+                for n in contexts
+            }
+        }
+        if name in (*FAMILIES, PROMPT):
+            entry["gap_closed"] = {n: [closed(runs, name, n) for runs in by_seed] for n in contexts}
+        result[name] = entry
+    return result
+
+
+def main() -> int:
+    """Train what is not trained yet, compare, write."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.policies",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--seeds", default="0", help="comma-separated (default: 0)")
+    parser.add_argument("--only", action="append", help="train this one, by name, and stop there")
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--json", type=Path, help="where the result goes")
+    options = parser.parse_args()
+    recipe = load_config(RECIPES / "policy.yaml", PolicyConfig)
+    every = variants(recipe)
+    unknown = set(options.only or ()) - set(every)
+    if unknown:
+        parser.error(f"--only: expected some of {', '.join(every)}, got {', '.join(unknown)}")
+    set_threads(options.threads)
+    if not (RUNS / "preferences.jsonl.gz").is_file():
+        choices_command(ANSWERS, RECIPES / "population.yaml", RUNS / "preferences.jsonl.gz")
+    if not (RUNS / "reward" / REWARD_METRICS).is_file():
+        train_reward_command(RECIPES / "reward.yaml", resume=False, overwrite=True)
+    model = LanguageModel.load(recipe.model, dtype=recipe.dtype, show_progress=True)
+    by_seed = []
+    sizes: dict[str, int] = {}
+    for seed in map(int, options.seeds.split(",")):
+        runs: dict[str, Any] = {}
+        for name, config in every.items():
+            folder = RUNS / f"{name.replace(', ', '_').replace(' ', '_')}_seed{seed}"
+            wanted, metrics = finished(config, folder, seed)
+            if metrics is None and (options.only is None or name in options.only):
+                print(f"{name}, seed {seed}", flush=True)
+                metrics = train_policy(wanted, model).metrics
+            if metrics is not None:
+                runs[name] = metrics["heldout"] | {"train_seconds": metrics["train_seconds"]}
+                accuracies = {n: e["accuracy"] for n, e in metrics["heldout"]["contexts"].items()}
+                print(f"{name}, seed {seed}: {accuracies}", flush=True)
+            if config.method == "np-dpo" and config.modulator is not None:
+                sizes[name] = RowLayout(config.modulator, model.decoder.config).generated_width
+        by_seed.append(runs)
+    if any(runs.keys() != every.keys() for runs in by_seed):
+        print("not everything is trained: nothing is compared")
+        return 0 if options.only else 1
+    result = {
+        "seeds": options.seeds,
+        "numbers_a_user": sizes,
+        "reward": json.loads((RUNS / "reward" / REWARD_METRICS).read_text(encoding="utf-8")),
+        "summary": summary(by_seed),
+        "runs": by_seed,
+    }
+    if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    for name, entry in result["summary"].items():
+        print(
+            name, entry["accuracy"], [g["share"] for g in entry.get("gap_closed", {}).get("10", [])]
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,161 @@
+"""The tables of real people: how rows become choices, and the logit's predictions by hand."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from benchmarks.people import POOLED, POPULATION, POSTERIOR, over_folds, predictors
+from benchmarks.people_data import FEATURES, find_table, write_choices
+from benchmarks.questions import choices_needed, chosen_first
+from benchmarks.rewards import gap_closed, mean_and_error, over_seeds
+from fssa_runtime.training.choices import read_choices
+from fssa_runtime.training.tasks import OptionTask, collate_options
+
+SWISSMETRO = """\
+ID,GA,TRAIN_AV,CAR_AV,SM_AV,TRAIN_TT,TRAIN_CO,TRAIN_HE,SM_TT,SM_CO,SM_HE,SM_SEATS,CAR_TT,CAR_CO,CHOICE
+1,0,1,1,1,120,48,30,60,52,20,0,117,65,2
+1,1,1,0,1,120,4800,30,60,52,20,1,0,0,1
+2,0,1,1,1,120,48,30,60,52,20,1,117,65,0
+2,0,1,1,1,120,48,30,60,52,20,1,117,65,3
+"""
+ELECTRICITY = """\
+"choice","id","alt","pf","cl","loc","wk","tod","seas","chid"
+FALSE,1,1,7,5,0,1,0,0,1
+TRUE,1,2,9,1,1,0,0,0,1
+TRUE,1,1,7,5,0,1,0,0,2
+FALSE,1,2,0,5,0,1,1,0,2
+"""
+
+
+def converted(tmp_path, name, text):
+    table, output = tmp_path / f"{name}.csv", tmp_path / f"{name}.jsonl"
+    table.write_text(text)
+    count = write_choices(name, find_table(name, table), output)
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    assert len(records) == count
+    data = read_choices([output])
+    assert data.chosen.shape == (count, len(FEATURES[name]))
+    return records
+
+
+def test_swissmetro_rows(tmp_path):
+    first, second, third = converted(tmp_path, "swissmetro", SWISSMETRO)
+    train = [0, 0, 2.0, 0.48, 0.5, 0]
+    swissmetro = [1, 0, 1.0, 0.52, pytest.approx(1 / 3), 0]
+    car = [0, 1, 1.95, 0.65, 0, 0]
+    assert first == {"user": "1", "options": [train, swissmetro, car], "chosen": 1}
+    # An annual ticket: no fares. No car. The train is chosen; airline seats on board.
+    assert second["options"] == [
+        [0, 0, 2.0, 0, 0.5, 0],
+        [1, 0, 1.0, 0, pytest.approx(1 / 3), 1],
+    ]
+    assert second["chosen"] == 0
+    # The third row has no answer and is left out.
+    assert (third["user"], third["chosen"]) == ("2", 2)
+
+
+def test_electricity_rows(tmp_path):
+    first, second = converted(tmp_path, "electricity", ELECTRICITY)
+    assert first == {
+        "user": "1",
+        "options": [[7, 5, 0, 1, 0, 0], [9, 1, 1, 0, 0, 0]],
+        "chosen": 1,
+    }
+    assert second["chosen"] == 0
+
+
+def test_a_table_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        find_table("electricity", tmp_path / "absent.csv")
+
+
+def test_logit_predictions_by_hand():
+    """One feature. The posterior is that of the two-sided draws weighed by one choice."""
+    logits = {"multinomial": {"mean": [0.5]}, "mixed": {"mean": [0.0], "std": [2.0]}}
+    task = OptionTask(
+        "u", "", torch.tensor([[1.0]]), torch.tensor([[[0.0], [9.0]]]),
+        torch.tensor([[1.0]]), torch.tensor([[[0.0], [-1.0]]]),
+        torch.tensor([[True, False]]), torch.tensor([[True, True]]),
+    )  # fmt: skip
+    batch = collate_options([task])
+    p = {name: score(batch).log_probs[0, 0].exp() for name, score in predictors(logits).items()}
+    weights = [math.exp(0.5 * x) for x in (1, 0, -1)]
+    expected = torch.tensor([w / sum(weights) for w in weights])
+    torch.testing.assert_close(p[POOLED], expected)
+
+    beta = torch.linspace(-12, 12, 20001, dtype=torch.float64)
+    density = torch.exp(-0.5 * (beta / 2) ** 2)
+    target = torch.softmax(beta[:, None] * torch.tensor([1.0, 0.0, -1.0]), -1)
+    prior = (density[:, None] * target).sum(0) / density.sum()
+    weighed = density * torch.sigmoid(beta)
+    posterior = (weighed[:, None] * target).sum(0) / weighed.sum()
+    torch.testing.assert_close(p[POPULATION].double(), prior, rtol=0, atol=0.02)
+    torch.testing.assert_close(p[POSTERIOR].double(), posterior, rtol=0, atol=0.02)
+    assert abs(p[POSTERIOR][0] - p[POPULATION][0]) > 0.1
+
+
+def test_means_over_folds_and_seeds():
+    def entry(nll):
+        return {"nll": nll, "accuracy": 0.5, "calibration_error": 0.0}
+
+    folds = [
+        {"contexts": {"0": {"NP-BTL": entry(0.7), "other": entry(0.9)}}},
+        {"contexts": {"0": {"NP-BTL": entry(0.5), "other": entry(0.9)}}},
+    ]
+    found = over_folds(folds)["0"]
+    assert found["NP-BTL"]["nll"]["mean"] == pytest.approx(0.6)
+    difference = found["other"]["np_btl_nll_minus_this"]
+    assert difference == {
+        "mean": pytest.approx(-0.3),
+        "standard_error": pytest.approx(0.1),
+    }
+    assert mean_and_error([1.0]) == {"mean": 1.0, "standard_error": None}
+    assert mean_and_error([None, None]) == {"mean": None, "standard_error": None}
+
+    run = {
+        "accuracy": 0.8,
+        "nll": 0.4,
+        "bayes_accuracy": 0.85,
+        "bayes_nll": 0.3,
+        "bayes_accuracy_same_tasks": 0.84,
+        "bayes_nll_same_tasks": 0.31,
+        "modes": {"0": {"accuracy": 0.7}},
+    }
+    means = over_seeds([{"heldout": {"contexts": {"3": run}}}])["3"]
+    assert means["accuracy_minus_bayes"]["mean"] == pytest.approx(-0.05)
+    assert means["nll_minus_bayes_same_tasks"]["mean"] == pytest.approx(0.09)
+    assert means["accuracy_of_mode_0"]["mean"] == 0.7
+
+
+def test_gap_closed_by_hand():
+    def model(**accuracy):
+        contexts = {n[1:]: {"accuracy": a} for n, a in accuracy.items()}
+        return {"mean": contexts, "runs": [{"heldout": {"contexts": contexts}}]}
+
+    models = {
+        "NP-BTL": model(n0=0.7, n5=0.85),
+        "BTL": model(n0=0.7),
+        "dedicated to kind 0": model(n0=0.92),
+        "dedicated to kind 1": model(n0=0.88),
+    }
+    found = gap_closed(models)
+    assert found["0"]["mean"] == pytest.approx(0)
+    assert found["5"]["mean"] == pytest.approx(0.75)
+
+
+def test_choices_needed_is_linear_between_whole_numbers():
+    # From 0.75, nine tenths of the way to 1 are 0.975.
+    assert choices_needed([0.75, 0.875, 0.95, 1.0]) == pytest.approx(2.5)
+    assert choices_needed([0.75, 1.0]) == pytest.approx(0.9)
+    assert choices_needed([0.75, 0.9]) is None
+
+
+def test_simulated_answers_are_those_of_the_kind():
+    pairs = torch.tensor([[[[0.6], [0.9]]], [[[0.6], [0.9]]]])
+    answered = chosen_first(pairs, torch.tensor([0, 1]))
+    assert answered[:, 0, :, 0].tolist() == [
+        [pytest.approx(0.9), pytest.approx(0.6)],
+        [pytest.approx(0.6), pytest.approx(0.9)],
+    ]
