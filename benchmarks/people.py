@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.people_data import FEATURES, find_table, write_choices
-from benchmarks.rewards import RECIPES, ROOT, mean_and_error, without_folder
+from benchmarks.rewards import RECIPES, ROOT, mean_and_error, same_run, without_folder
 from fssa_runtime.conditioning.encoder import antithetic_noise, real_choices
 from fssa_runtime.training.choices import read_choices, split_users
 from fssa_runtime.training.evaluation import Scores, evaluate
@@ -121,12 +121,12 @@ def of_fold(
 def measure(config: RewardConfig, python: Path, draws: int) -> dict[str, Any]:
     """All four predictors on the held-out people of one fold, from the run's folder if they were
     measured there before, by the same recipe and with as many draws."""
-    metrics = trained(config)
     finished = config.train.output_dir / FOLD_FILE
     if finished.is_file():
         found: dict[str, Any] = json.loads(finished.read_text(encoding="utf-8"))
-        if found["np_btl"] == metrics and found["logit"]["draws"] == draws:
-            return found
+        if same_run(found["np_btl"]["recipe"], config) and found["logit"]["draws"] == draws:
+            return found | {"np_btl": without_folder(found["np_btl"])}
+    metrics = trained(config)
     logits = estimated(config, python, draws)
     source = reward_source(config, None, None)
     tasks_by_n = {}
@@ -151,7 +151,7 @@ def trained(config: RewardConfig) -> dict[str, Any]:
     finished = config.train.output_dir / METRICS_FILE
     if finished.is_file():
         metrics = json.loads(finished.read_text(encoding="utf-8"))
-        if metrics["recipe"] == config.model_dump(mode="json"):
+        if same_run(metrics["recipe"], config):
             return without_folder(metrics)
     return without_folder(train_reward(config).metrics)
 

@@ -135,17 +135,111 @@ def swap_test() -> str:
 
 
 def synthetic() -> str:
-    """NP-BTL on the synthetic task beside the exact limit."""
+    """Rewards on the synthetic task beside the exact limit."""
     result = read("synthetic.json")
     if result is None:
         return NOT_MEASURED
-    contexts = result["heldout"]["contexts"]
-    lines = ["| choices | " + " | ".join(contexts) + " |", "|---|" + "---|" * len(contexts)]
-    ours = [f"{100 * c['accuracy']:.2f} ± {100 * c['accuracy_se']:.2f}" for c in contexts.values()]
-    limit = [f"{100 * c['bayes_accuracy']:.2f}" for c in contexts.values()]
-    lines.append("| accuracy, % | " + " | ".join(ours) + " |")
-    lines.append("| Bayes limit, % | " + " | ".join(limit) + " |")
+    models = result["models"]
+    contexts = list(models["NP-BTL"]["mean"])
+    first = models["NP-BTL"]["runs"][0]["heldout"]["contexts"]
+    lines = ["| choices | | " + " | ".join(contexts) + " |", "|---|---|" + "---|" * len(contexts)]
+    for title, name, limit, scale, digits in (
+        ("accuracy, %", "accuracy", "bayes_accuracy", 100, 2),
+        ("NLL, nats", "nll", "bayes_nll", 1, 4),
+    ):
+        cells = [f"{scale * first[n][limit]:.{digits}f}" for n in contexts]
+        lines.append(f"| {title} | best possible | {' | '.join(cells)} |")
+        for model, measured in models.items():
+            mean = measured["mean"]
+            # What nobody's choices enter does not change with their number.
+            fixed = len(mean) == 1
+            cells = [
+                _seeds(mean["0" if fixed else n][name], scale, digits) if n in mean or fixed else ""
+                for n in contexts
+            ]
+            lines.append(f"| {title} | {model} | {' | '.join(cells)} |")
+    cells = [_seeds(result["gap_closed"][n], 100, 1) for n in contexts]
+    lines.append(f"| from BTL to dedicated, % of the way | NP-BTL | {' | '.join(cells)} |")
+    ours = models["NP-BTL"]["mean"]
+    for title, name, scale, digits in (
+        ("worse kind, %", "worst_accuracy", 100, 2),
+        ("calibration error, %", "calibration_error", 100, 2),
+        ("active latent units", "active_latent_units", 1, 0),
+    ):
+        cells = [_seeds(ours[n][name], scale, digits) for n in contexts]
+        lines.append(f"| {title} | NP-BTL | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def identify() -> str:
+    """The error in naming a user's kind beside the formula."""
+    result = read("identify.json")
+    if result is None:
+        return NOT_MEASURED
+    lines = ["| correlation ρ | " + " | ".join(result["models"]) + " |"]
+    lines.append("|---|" + "---|" * len(result["models"]))
+    for n in ("1", "3"):
+        limits, cells = [], []
+        for measured in result["models"].values():
+            limit = measured["runs"][0]["heldout"]["contexts"][n]["bayes_identification_error"]
+            limits.append(f"{100 * limit:.2f}")
+            cells.append(_seeds(measured["mean"][n]["identification_error"], 100, 2))
+        choices = "choice" if n == "1" else "choices"
+        lines.append(f"| {n} {choices}, best possible, % | {' | '.join(limits)} |")
+        lines.append(f"| {n} {choices}, NP-BTL, % | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def people() -> str:
+    """Held-out likelihood and accuracy on new real people, beside logit models."""
+    tables = []
+    for name in ("swissmetro", "electricity"):
+        result = read(f"people_{name}.json")
+        if result is None:
+            tables.append(f"{name}: {NOT_MEASURED}")
+            continue
+        contexts = list(result["mean"])
+        lines = [
+            f"| {name}: NLL, nats (accuracy, %) | n = {' | '.join(contexts)} |",
+            "|---|" + "---|" * len(contexts),
+        ]
+        for predictor in result["mean"][contexts[0]]:
+            cells = []
+            for n in contexts:
+                entry = result["mean"][n][predictor]
+                nll, accuracy = entry["nll"], entry["accuracy"]
+                cells.append(f"{_plus_minus(nll, 3)} ({100 * accuracy['mean']:.1f})")
+            lines.append(f"| {predictor} | {' | '.join(cells)} |")
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
+
+
+def questions() -> str:
+    """Accuracy after questions that were chosen, and after random ones."""
+    result = read("questions.json")
+    if result is None:
+        return NOT_MEASURED
+    mean = result["mean"]
+    lines = [
+        "| answers | "
+        + " | ".join(map(str, range(len(mean["accuracy"]["active"]))))
+        + " | needed |",
+        "|---|" + "---|" * (len(mean["accuracy"]["active"]) + 1),
+    ]
+    for way, title in (("random", "random questions, %"), ("active", "chosen questions, %")):
+        cells = [_seeds(value, 100, 1) for value in mean["accuracy"][way]]
+        needed = _seeds(mean["choices_needed"][way], 1, 2)
+        lines.append(f"| {title} | {' | '.join(cells)} | {needed} |")
+    return "\n".join(lines)
+
+
+def _seeds(value: dict[str, float | None], scale: float, digits: int) -> str:
+    """Mean ± standard error over seeds, without the error where there is one seed."""
+    mean, error = value["mean"], value["standard_error"]
+    if mean is None:
+        return ""
+    shown = f"{scale * mean:.{digits}f}"
+    return shown if error is None else f"{shown} ± {scale * error:.{digits}f}"
 
 
 def implicit_reward() -> str:
@@ -286,6 +380,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu": gpu,
     "serving": serving,
     "synthetic": synthetic,
+    "identify": identify,
+    "people": people,
+    "questions": questions,
     "implicit_reward": implicit_reward,
 }
 

@@ -91,9 +91,20 @@ def trained(file: str, data: Mapping[str, Any], seed: int, runs: Path) -> dict[s
     finished = folder / METRICS_FILE
     if finished.is_file():
         metrics = json.loads(finished.read_text(encoding="utf-8"))
-        if metrics["recipe"] == config.model_dump(mode="json"):
+        if same_run(metrics["recipe"], config):
             return without_folder(metrics)
     return without_folder(train_reward(config).metrics)
+
+
+def same_run(recipe: Mapping[str, Any], config: RewardConfig) -> bool:
+    """Whether a recorded recipe is this one, wherever the run was kept and its data lay."""
+    return without_paths(recipe) == without_paths(config.model_dump(mode="json"))
+
+
+def without_paths(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    train = {k: v for k, v in recipe["train"].items() if k != "output_dir"}
+    data = {k: v for k, v in recipe["data"].items() if k != "files"}
+    return {**recipe, "train": train, "data": data}
 
 
 def folder_of(file: str, data: Mapping[str, Any], seed: int, runs: Path) -> Path:
@@ -104,8 +115,7 @@ def folder_of(file: str, data: Mapping[str, Any], seed: int, runs: Path) -> Path
 
 def without_folder(metrics: dict[str, Any]) -> dict[str, Any]:
     """Metrics as they go into a result file, which should not depend on where runs were kept."""
-    train = {k: v for k, v in metrics["recipe"]["train"].items() if k != "output_dir"}
-    return metrics | {"recipe": metrics["recipe"] | {"train": train}}
+    return metrics | {"recipe": without_paths(metrics["recipe"])}
 
 
 def over_seeds(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

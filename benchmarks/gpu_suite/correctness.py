@@ -48,7 +48,8 @@ def measure(suite: Suite) -> None:
                 faults.append({"case": str(piece), "backend": backend, "fault": fault})
                 # What is wrong in a dtype that nothing here is timed in is wrong all the same.
                 if backend != "reference":
-                    suite.wrong.setdefault(piece.op, []).append(f"{piece} {backend}: {fault}")
+                    key = faulty_key(piece.op, backend)
+                    suite.wrong.setdefault(key, []).append(f"{piece} {backend}: {fault}")
     suite.records.append(
         {
             "part": "correctness",
@@ -60,6 +61,11 @@ def measure(suite: Suite) -> None:
             "sides": {},
         }
     )
+
+
+def faulty_key(op: str, backend: str) -> str:
+    """What `suite.wrong` calls an op: a fault of the CUDA C++ kernels is not Triton's."""
+    return f"{op} cuda" if backend == "cuda" else op
 
 
 def check(piece: Piece) -> dict[str, str]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks.gate import Judgement, judge, poisoned
+from benchmarks.gpu_suite.correctness import faulty_key
 from benchmarks.gpu_suite.multi_lora import base_linear, group, multi_lora_linear
 from benchmarks.gpu_suite.problems import LinearProblem, few_rows
 from benchmarks.gpu_suite.scale import Scale
@@ -115,7 +116,8 @@ def _core(scale: Scale, num_tokens: int) -> tuple[str, ...]:
     counts = [n for n in (1, scale.users, num_tokens) if n <= num_tokens]
     gated = [f"gated {n}" for n in counts]
     peers = [f"multi-lora {n}" for n in counts if n <= scale.most_factors]
-    return ("none 0", *dict.fromkeys(gated + peers), f"eager {num_tokens}")
+    cuda = [f"cuda {n}" for n in counts if num_tokens <= scale.cuda_tokens]
+    return ("none 0", *dict.fromkeys(gated + cuda + peers), f"eager {num_tokens}")
 
 
 def _linears(
@@ -157,7 +159,8 @@ def _side(
     users: int,
     rank: int,
 ) -> Side:
-    family = {"multi-lora": "factors", "eager": "gated", "compiled": "gated"}.get(kind, kind)
+    family = "factors" if kind == "multi-lora" else kind
+    family = "gated" if kind in ("eager", "compiled", "cuda") else family
     problem = replace(problem, family=family, rank=rank, num_users=users)
     copies = [
         {**base, **problem.term(device, torch.bfloat16, seed)} for seed, base in enumerate(bases)
@@ -180,14 +183,16 @@ def _side(
             work,
             lambda: check_rows(lambda: run(first), first, times=_PEER_ERROR),
         )
-    verdict = next(v for v in explain("modulated_linear", **first) if v.backend == "triton")
+    backend = "cuda" if kind == "cuda" else "triton"
+    verdict = next(v for v in explain("modulated_linear", **first) if v.backend == backend)
     if not verdict.can:
-        raise RuntimeError(f"triton {verdict.reason}")
+        raise RuntimeError(f"{backend} {verdict.reason}")
 
     def ours(i: int) -> torch.Tensor:
-        return modulated_linear(**copies[i], backend="triton")
+        return modulated_linear(**copies[i], backend=backend)
 
-    return Side(ours, work, lambda: check_rows(lambda: ours(0), first), ops=("modulated_linear",))
+    ops = (faulty_key("modulated_linear", backend),)
+    return Side(ours, work, lambda: check_rows(lambda: ours(0), first), ops=ops)
 
 
 def check_rows(run: Callable[[], torch.Tensor], inputs: Inputs, times: float = 2.0) -> Judgement:

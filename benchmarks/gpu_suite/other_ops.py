@@ -11,6 +11,7 @@ from torch import Tensor
 
 import fssa_kernels
 from benchmarks.gate import Judgement, judge, outputs, poisoned, widened
+from benchmarks.gpu_suite.correctness import faulty_key
 from benchmarks.gpu_suite.problems import (
     AttentionProblem,
     ExpandProblem,
@@ -27,6 +28,7 @@ from fssa_kernels.ops.rope_kv_write.reference import apply_rope
 from fssa_kernels.testing import Inputs
 
 BASE = "torch"
+CUDA_OPS = ("paged_attention", "residual_film_rms_norm")
 Peer = Callable[[Inputs], Any]
 
 
@@ -86,12 +88,12 @@ def _contest(suite: Suite, key: dict[str, Any], problem: Problem, peer: Peer | N
     every = [problem.inputs(suite.device, torch.bfloat16, seed) for seed in range(copies)]
     run = getattr(fssa_kernels, problem.op)
 
-    def ours() -> Side:
+    def ours(backend: str) -> Side:
         return Side(
-            lambda i: run(**every[i], backend="triton"),
+            lambda i: run(**every[i], backend=backend),
             work,
-            lambda: _check(problem, every[0]),
-            ops=(problem.op,),
+            lambda: _check(problem, every[0], backend),
+            ops=(faulty_key(problem.op, backend),),
         )
 
     def torchs() -> Side:
@@ -99,13 +101,22 @@ def _contest(suite: Suite, key: dict[str, Any], problem: Problem, peer: Peer | N
         return Side(lambda i: peer(prepared[i]), work)
 
     sides = {BASE: torchs} if peer is not None else {}
-    suite.contest("other ops", key, {**sides, "ours": ours}, base=BASE, copies=copies)
+    sides["ours"] = lambda: ours("triton")
+    if problem.op in CUDA_OPS and _rows(problem) <= suite.scale.cuda_tokens:
+        sides["cuda"] = lambda: ours("cuda")
+    suite.contest("other ops", key, sides, base=BASE, copies=copies)
 
 
-def _check(problem: Problem, inputs: Inputs) -> Judgement:
+def _rows(problem: Problem) -> int:
+    if isinstance(problem, AttentionProblem):
+        return problem.batch * problem.num_queries
+    return getattr(problem, "num_tokens", 0)
+
+
+def _check(problem: Problem, inputs: Inputs, backend: str) -> Judgement:
     few = _first_requests(inputs) if isinstance(problem, AttentionProblem) else inputs
     with poisoned():
-        got = outputs(problem.op, few, "triton")
+        got = outputs(problem.op, few, backend)
     plain = outputs(problem.op, few, "reference")
     return judge(got, plain, outputs(problem.op, widened(problem.op, few), "reference"))
 

@@ -25,6 +25,7 @@ class Scale:
         ranks: R, likewise; the first is the one of the targets.
         users: besides one and all distinct.
         most_factors: users with factors of their own at most, for they take memory.
+        cuda_tokens: M up to which the CUDA C++ kernels stand beside Triton's; 0 for nowhere.
         compiled_tokens, compiler: where torch.compile is measured, and its backend.
         batches, context, page_size: of decode. table_rows: users in the table.
         copy_bytes, product_size: of the two limits.
@@ -45,6 +46,7 @@ class Scale:
     ranks: tuple[int, ...]
     users: int
     most_factors: int
+    cuda_tokens: int
     compiled_tokens: tuple[int, ...]
     compiler: str
     batches: tuple[int, ...]
@@ -79,6 +81,7 @@ FULL = Scale(
     ranks=(16, 64, 8, 32),
     users=32,
     most_factors=128,
+    cuda_tokens=32,
     compiled_tokens=(1, 32, 128),
     compiler="inductor",
     batches=(1, 32, 128, 8),
@@ -109,6 +112,7 @@ TINY = Scale(
     ranks=(16, 64),
     users=4,
     most_factors=8,
+    cuda_tokens=0,
     compiled_tokens=(3,),
     compiler="eager",
     batches=(1, 3),

@@ -14,6 +14,7 @@ from fssa_kernels.checks import (
     check_rank,
     check_tensor,
 )
+from fssa_kernels.cuda.backend import cuda_backend
 from fssa_kernels.dispatch import Backend
 from fssa_kernels.gpu.backend import triton_backend
 from fssa_kernels.ops.modulated_linear.gradient import modulated_linear_bwd, save_for_bwd
@@ -72,7 +73,8 @@ def modulated_linear(
         splits: sizes of the stacked projections, sum N; None means one projection.
         epilogue: "silu_mul" or "gelu_tanh_mul" need two projections of equal size and return
             act(y[:, :N/2]) * y[:, N/2:]; "gelu_tanh_mul" is the tanh approximation of GELU.
-        backend: "auto", "native", "triton" or "reference".
+        backend: "auto", "native", "triton", "cuda" or "reference"; "auto" does not take "cuda",
+            whose speed has not been measured.
 
     Returns y [T,N] in x.dtype ([T,N/2] with an epilogue). Differentiable in x, weight, bias,
     lora_a, lora_b and rows, each gradient in its input's dtype, computed only where needed. Under
@@ -230,6 +232,7 @@ _OP = Op(
     backends=(
         Backend("native", modulated_linear_native, cannot_native, avoid_native, records=True),
         triton_backend("fssa_kernels.ops.modulated_linear.triton_impl", "modulated_linear_triton"),
+        cuda_backend("fssa_kernels.ops.modulated_linear.cuda_impl", "modulated_linear_cuda"),
         Backend("reference", modulated_linear_ref),
     ),
     fake=_fake,

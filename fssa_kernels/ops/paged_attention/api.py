@@ -12,6 +12,7 @@ from fssa_kernels.checks import (
     check_rank,
     check_tensor,
 )
+from fssa_kernels.cuda.backend import cuda_backend
 from fssa_kernels.dispatch import Backend
 from fssa_kernels.gpu.backend import triton_backend
 from fssa_kernels.ops.paged_attention.native_impl import cannot_native, paged_attention_native
@@ -57,13 +58,14 @@ def paged_attention(
         kv_lens: [B] int32, this step's tokens included; 0 is allowed.
         q_indptr: [B+1] int32, from 0, not falling; requests without queries are allowed.
         scale: factor on q . k. window: positions a query sees, itself included; 0 for all.
-        backend: "auto", "native", "triton", "sdpa" or "reference"; the last two read the
-            lengths on the host, which on a GPU waits for it.
+        backend: "auto", "native", "triton", "cuda", "sdpa" or "reference"; the last two read
+            the lengths on the host, which on a GPU waits for it; "auto" does not take "cuda",
+            whose speed has not been measured.
 
     Returns [T,H,D] in q.dtype; zero for rows of q that belong to no request. Softmax and sums in
     fp32 (fp64 for fp64 q). A request's result does not depend on the others, nor on whatever the
-    cache holds beyond its length (NaN included); with "native" and "triton" it has the same bits
-    however its prompt is cut into chunks. Differentiable in q, k_cache and v_cache, by
+    cache holds beyond its length (NaN included); with "native", "triton" and "cuda" it has the same
+    bits however its prompt is cut into chunks. Differentiable in q, k_cache and v_cache, by
     computing the forward again.
 
     Raises TypeError for a non-tensor or a wrong dtype; ValueError for a wrong shape, device,
@@ -175,6 +177,7 @@ _OP = Op(
     backends=(
         Backend("native", paged_attention_native, cannot_native, records=True),
         triton_backend("fssa_kernels.ops.paged_attention.triton_impl", "paged_attention_triton"),
+        cuda_backend("fssa_kernels.ops.paged_attention.cuda_impl", "paged_attention_cuda"),
         Backend("sdpa", paged_attention_sdpa, avoid=avoid_sdpa),
         Backend("reference", paged_attention_ref),
     ),

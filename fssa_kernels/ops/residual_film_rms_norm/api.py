@@ -12,6 +12,7 @@ from fssa_kernels.checks import (
     check_rank,
     check_tensor,
 )
+from fssa_kernels.cuda.backend import cuda_backend
 from fssa_kernels.dispatch import Backend
 from fssa_kernels.gpu.backend import triton_backend
 from fssa_kernels.ops.residual_film_rms_norm.gradient import (
@@ -63,7 +64,8 @@ def residual_film_rms_norm(
             a static term.
         slots: [T] int32 in [0, U), needed with rows or gates, not read without.
         eps: added to the mean square, >= 0.
-        backend: "auto", "native", "triton" or "reference".
+        backend: "auto", "native", "triton", "cuda" or "reference"; "auto" does not take "cuda",
+            whose speed has not been measured.
 
     Returns (normed, h), both in x.dtype, both fresh: h [T,C], normed [T,C], with lora_a [T,C+W].
     Computed in fp32 (fp64 for fp64 x); h is rounded to x.dtype before the norm is taken from it.
@@ -163,6 +165,9 @@ _OP = Op(
         Backend("native", residual_film_rms_norm_native, cannot_native, records=True),
         triton_backend(
             "fssa_kernels.ops.residual_film_rms_norm.triton_impl", "residual_film_rms_norm_triton"
+        ),
+        cuda_backend(
+            "fssa_kernels.ops.residual_film_rms_norm.cuda_impl", "residual_film_rms_norm_cuda"
         ),
         Backend("reference", residual_film_rms_norm_ref),
     ),

@@ -1,0 +1,1 @@
+"""CUDA C++ kernels: loading their module, and what the ops' CUDA backends share."""
