@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..models.language_model import LanguageModel
 from .checkpoint import Choice, Conditioning
-from .embedding import embed_options
+from .embedding import MAX_BATCH_TOKENS, Steps, embedding_steps, result_of
 from .encoder import ContextSummary, Latent, PreferenceEncoder
 
 
@@ -81,10 +81,22 @@ def learn_choices(
     Raises:
         InputError: an option longer than the model's context.
     """
+    return result_of(learning_steps(conditioning, model, belief, choices))
+
+
+def learning_steps(
+    conditioning: Conditioning,
+    model: LanguageModel,
+    belief: Belief,
+    choices: Sequence[Choice],
+    max_tokens: int = MAX_BATCH_TOKENS,
+) -> Steps[Belief]:
+    """As `learn_choices`, ``max_tokens`` tokens of the options at a time."""
+    if not choices:  # whatever the embeddings are of
+        return belief
     options = [(c.prompt, c.chosen) for c in choices] + [(c.prompt, c.rejected) for c in choices]
-    embedded = embed_options(model, conditioning.embedding, options)
-    chosen, rejected = embedded.split(len(choices)) if choices else (embedded, embedded)
-    return update_belief(conditioning.encoder, belief, chosen, rejected)
+    embedded = yield from embedding_steps(model, conditioning.embedding, options, max_tokens)
+    return update_belief(conditioning.encoder, belief, *embedded.split(len(choices)))
 
 
 def _extended(

@@ -25,13 +25,7 @@ from ..errors import InputError
 from ..files import write_atomically
 from ..models.decoder import Decoder
 from ..models.language_model import Content, LanguageModel
-from .embedding import (
-    MAX_BATCH_TOKENS,
-    EmbeddingConfig,
-    Steps,
-    embedding_steps,
-    result_of,
-)
+from .embedding import EmbeddingConfig, embed_options
 from .encoder import EncoderConfig, PreferenceEncoder
 from .layout import BaseShape, ModulatorConfig
 from .modulator import Modulator
@@ -73,26 +67,17 @@ class Conditioning:
         """The latent ``z [Z]`` of a user who made these choices; none gives the prior.
 
         One forward pass of the base over the options and one of the encoder; no gradient step.
-        The mean of q(z | choices) if the encoder is stochastic.
+        The mean of q(z | choices) if the encoder is stochastic. `beliefs` says how sure that is,
+        and learns from further choices without reading these again.
         """
-        return result_of(self.infer_steps(model, choices))
-
-    @torch.no_grad()
-    def infer_steps(
-        self,
-        model: LanguageModel,
-        choices: Sequence[Choice],
-        max_tokens: int = MAX_BATCH_TOKENS,
-    ) -> Steps[torch.Tensor]:
-        """As `infer`, ``max_tokens`` tokens of the options at a time."""
         if not choices:  # the prior, whatever the embeddings are of
             nothing = torch.empty(0, self.encoder.config.option_dim)
             return self.infer_embedded(nothing, nothing)
         options = [(c.prompt, c.chosen) for c in choices] + [
             (c.prompt, c.rejected) for c in choices
         ]
-        embedded = yield from embedding_steps(model, self.embedding, options, max_tokens)
-        return self.infer_embedded(*embedded.split(len(choices)))
+        chosen, rejected = embed_options(model, self.embedding, options).split(len(choices))
+        return self.infer_embedded(chosen, rejected)
 
     @torch.no_grad()
     def infer_embedded(self, chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:

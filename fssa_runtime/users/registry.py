@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..conditioning.beliefs import Belief, learning_steps, prior_belief
 from ..conditioning.checkpoint import Choice, Conditioning
 from ..conditioning.embedding import MAX_BATCH_TOKENS, Steps, result_of
 from ..conditioning.user_weights import UserWeights
@@ -19,12 +20,17 @@ WhoseWeights = str | Mapping[str, float] | UserWeights | None
 
 @dataclass(frozen=True)
 class User:
-    """Somebody known. A change makes another `User`; requests keep the weights they came with."""
+    """Somebody known. A change makes another `User`; requests keep the weights they came with.
+
+    Attributes:
+        belief: what their choices say, and how surely; None if the latent was given.
+    """
 
     name: str
     choices: tuple[Choice, ...]
     latent: torch.Tensor
     weights: UserWeights
+    belief: Belief | None
 
 
 class Users:
@@ -71,7 +77,11 @@ class Users:
         return result_of(self.infer_steps(name, choices))
 
     def add_choices(self, name: str, choices: Sequence[Choice | tuple[str, str, str]]) -> User:
-        """Know a user better: what they chose before and these."""
+        """Know a user better: what they chose before and these. Only these are read.
+
+        Equal to `infer` of all of them but for rounding. With a latent that was set there is
+        nothing to add to: then these are all that is known.
+        """
         return result_of(self.add_steps(name, choices))
 
     def infer_steps(
@@ -81,12 +91,10 @@ class Users:
         max_tokens: int = MAX_BATCH_TOKENS,
     ) -> Steps[User]:
         """As `infer`, ``max_tokens`` tokens of the options at a time."""
-        conditioning = self._need()
         if not name:
             raise InputError("a user needs a name, got an empty one")
-        checked = tuple(_choice(number, choice) for number, choice in enumerate(choices))
-        latent = yield from conditioning.infer_steps(self._model, checked, max_tokens)
-        return self._keep(name, checked, latent)
+        nobody = prior_belief(self._need().encoder)
+        return (yield from self._learn(name, (), nobody, choices, max_tokens))
 
     def add_steps(
         self,
@@ -94,8 +102,23 @@ class Users:
         choices: Sequence[Choice | tuple[str, str, str]],
         max_tokens: int = MAX_BATCH_TOKENS,
     ) -> Steps[User]:
-        """As `add_choices`, ``max_tokens`` tokens of the options at a time."""
-        return (yield from self.infer_steps(name, (*self[name].choices, *choices), max_tokens))
+        """As `add_choices`, ``max_tokens`` tokens of the new options at a time."""
+        user = self[name]
+        belief = user.belief or prior_belief(self._need().encoder)
+        return (yield from self._learn(name, user.choices, belief, choices, max_tokens))
+
+    def _learn(
+        self,
+        name: str,
+        known: tuple[Choice, ...],
+        belief: Belief,
+        choices: Sequence[Choice | tuple[str, str, str]],
+        max_tokens: int,
+    ) -> Steps[User]:
+        conditioning = self._need()
+        checked = tuple(_choice(number, choice) for number, choice in enumerate(choices))
+        belief = yield from learning_steps(conditioning, self._model, belief, checked, max_tokens)
+        return self._keep(name, (*known, *checked), belief.mean, belief)
 
     def set_latent(self, name: str, latent: torch.Tensor) -> User:
         """Know a user by a latent ``z [Z]`` and no choices.
@@ -104,7 +127,7 @@ class Users:
             InputError: NaN or infinity, or the wrong length.
         """
         self._need()
-        return self._keep(name, (), latent)
+        return self._keep(name, (), latent, None)
 
     def delete(self, name: str) -> None:
         """Know a user no more. Requests in flight end with the weights they came with.
@@ -140,8 +163,10 @@ class Users:
             )
         return self._conditioning
 
-    def _keep(self, name: str, choices: tuple[Choice, ...], latent: torch.Tensor) -> User:
-        user = User(name, choices, latent, self._need().blend([(1.0, latent)]))
+    def _keep(
+        self, name: str, choices: tuple[Choice, ...], latent: torch.Tensor, belief: Belief | None
+    ) -> User:
+        user = User(name, choices, latent, self._need().blend([(1.0, latent)]), belief)
         self._users[name] = user
         return user
 

@@ -115,13 +115,13 @@ def test_texts_are_read_once(tmp_path, monkeypatch):
     model = small_model(tmp_path)
     conditioning = random_conditioning(model, "gated")
     asked = []
-    read = beliefs.embed_options
+    read = beliefs.embedding_steps
 
-    def counting(model, config, options):
+    def counting(model, config, options, max_tokens):
         asked.append(len(options))
-        return read(model, config, options)
+        return read(model, config, options, max_tokens)
 
-    monkeypatch.setattr(beliefs, "embed_options", counting)
+    monkeypatch.setattr(beliefs, "embedding_steps", counting)
     belief = prior_belief(conditioning.encoder)
     for choice in CHOICES:
         belief = learn_choices(conditioning, model, belief, [choice])

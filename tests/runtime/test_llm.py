@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fssa_runtime import LLM, Choice, SamplingParams
+from fssa_runtime.conditioning import beliefs
 from fssa_runtime.errors import InputError
 from fssa_runtime.models.language_model import LanguageModel
 
@@ -70,12 +71,32 @@ def test_a_user_is_inferred_learns_and_is_forgotten(llm: LLM) -> None:
     assert logprobs(llm, first.weights) == told  # who holds the old weights keeps them
     at_once = llm.users.infer("dan", CHOICES)
     torch.testing.assert_close(at_once.latent, more.latent)
-    assert at_once.weights.fingerprint == more.weights.fingerprint
+    assert more.belief is not None
+    assert more.belief.count == 3
     assert list(llm.users) == ["ana", "ben", "cy", "dan"]
     llm.users.delete("cy")
     assert "cy" not in llm.users
     with pytest.raises(InputError, match="user 'cy' is not known"):
         logprobs(llm, "cy")
+
+
+def test_a_new_choice_is_all_that_is_read(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm.users.infer("cy", CHOICES[:2])
+    read: list[int] = []
+    original = beliefs.embedding_steps
+
+    def counted(model: object, config: object, options: list, max_tokens: int) -> object:
+        read.append(len(options))
+        return original(model, config, options, max_tokens)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(beliefs, "embedding_steps", counted)
+    llm.users.add_choices("cy", CHOICES[2:])
+    assert read == [2]  # the chosen and the rejected text of one choice
+    # A latent that was given is replaced by what is chosen from then on.
+    llm.users.set_latent("cy", torch.ones(LATENT_DIM))
+    assert llm.users["cy"].belief is None
+    again = llm.users.add_choices("cy", CHOICES[2:])
+    torch.testing.assert_close(again.latent, llm.users.infer("dan", CHOICES[2:]).latent)
 
 
 def test_several_answers(llm: LLM) -> None:

@@ -10,7 +10,7 @@ from fssa_kernels import expand_modulation, rope_kv_write, sample, take_rows
 from fssa_kernels.gpu.launch import launch
 from fssa_kernels.testing import cases, within_wider
 from tests.kernels.accuracy import by_name, check_as_good_as_torch, make, run, same_bits
-from tests.kernels.test_native import FILTERS, STRANGE, probabilities, settings_of
+from tests.kernels.test_native_sample import FILTERS, STRANGE, probabilities, settings_of
 
 OPS = ("rope_kv_write", "expand_modulation", "take_rows", "sample")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
