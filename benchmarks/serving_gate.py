@@ -19,7 +19,7 @@ import torch
 from benchmarks.peers import lora
 from benchmarks.peers.play import Ask, Played
 
-# Nats. In SmolLM2-135M another user's weights lose 0.6 to 1, nobody's 0.2 to 0.4.
+# Nats; far less than another user's weights or nobody's lose.
 SLACK = 0.03
 NUM_JUDGED = 4  # requests of a trace
 

@@ -204,7 +204,7 @@ def rows_of_mode(data: PreferenceData, rows: np.ndarray, mode: str | None) -> np
     kept = rows[[data.preferences[row].mode == mode for row in rows]]
     if not len(kept):
         known = sorted(set(data.mode_of_user.values()))
-        raise ValueError(f"mode: expected one of {known}, got {mode!r}")
+        raise ValueError(f"data.mode: expected one of {known}, got {mode!r}")
     return kept
 
 

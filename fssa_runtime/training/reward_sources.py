@@ -22,6 +22,7 @@ from fssa_runtime.training.data import (
     Content,
     PreferenceData,
     read_preferences,
+    rows_of_mode,
     split_preferences,
 )
 from fssa_runtime.training.reward_recipe import (
@@ -133,21 +134,12 @@ def _preference_source(
         heldout_prompts=files.heldout_prompts,
         seed=files.split_seed,
     )
-    wanted = np.ones(len(data), bool)
-    if files.mode is not None:
-        wanted = np.asarray([p.mode == files.mode for p in data.preferences])
-        if not wanted[split.train].any():
-            raise ValueError(
-                f"data.mode: expected one of {sorted(set(data.mode_of_user.values()))}, "
-                f"got {files.mode!r}"
-            )
     cache = None if fingerprint is None else config.train.output_dir / EMBEDDINGS_FILE
     options = embed_preferences(data, embed, cache=cache, fingerprint=fingerprint or "")
-    train = split.train[wanted[split.train]]
+    train = rows_of_mode(data, split.train, files.mode)
     splits = {
-        name: rows[wanted[rows]]
+        name: rows_of_mode(data, getattr(split, name), files.mode)
         for name in ("heldout", "known_users_new_prompts", "new_users_known_prompts")
-        for rows in (getattr(split, name),)
     }
     rejected = options.rejected[train]
     rejected = rejected if options.mask is None else rejected[options.mask[train]]
