@@ -16,11 +16,14 @@ import argparse
 import json
 import statistics
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fssa_runtime.conditioning.layout import RowLayout
+from fssa_runtime.errors import InputError
+from fssa_runtime.files import write_atomically
 from fssa_runtime.models.language_model import LanguageModel
 from fssa_runtime.threads import set_threads
 from fssa_runtime.training.commands import choices_command, train_reward_command
@@ -80,6 +83,23 @@ def finished(config: PolicyConfig, folder: Path, seed: int) -> tuple[PolicyConfi
     return wanted, metrics if recorded == wanted else None
 
 
+def make_choices() -> None:
+    """The population's choices, into the folder of runs.
+
+    Raises:
+        InputError: others lie there, and what was trained on them.
+    """
+    wanted = RUNS / "preferences.jsonl.gz"
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / wanted.name
+        choices_command(ANSWERS, RECIPES / "population.yaml", made)
+        content = made.read_bytes()
+    if wanted.is_file() and wanted.read_bytes() != content:
+        raise InputError(f"{RUNS}: its choices are another population's; move the folder away")
+    RUNS.mkdir(parents=True, exist_ok=True)
+    write_atomically(wanted, content)
+
+
 def closed(runs: Mapping[str, Mapping[str, Any]], name: str, n: str) -> dict[str, Any]:
     """Shares of the gap between the policy for everybody and the dedicated ones, by kind and in
     all: (accuracy of the policy − everybody's) / (dedicated − everybody's)."""
@@ -129,8 +149,7 @@ def main() -> int:
     if unknown:
         parser.error(f"--only: expected some of {', '.join(every)}, got {', '.join(unknown)}")
     set_threads(options.threads)
-    if not (RUNS / "preferences.jsonl.gz").is_file():
-        choices_command(ANSWERS, RECIPES / "population.yaml", RUNS / "preferences.jsonl.gz")
+    make_choices()
     if not (RUNS / "reward" / REWARD_METRICS).is_file():
         train_reward_command(RECIPES / "reward.yaml", resume=False, overwrite=True)
     model = LanguageModel.load(recipe.model, dtype=recipe.dtype, show_progress=True)

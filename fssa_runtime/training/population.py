@@ -8,6 +8,7 @@ p(a > b) = σ(u(a) − u(b)): Bradley-Terry-Luce, so choices are noisy.
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import math
 import re
@@ -31,7 +32,9 @@ class PopulationConfig(BaseModel):
     ``strength`` is the length of a user's weight vector: the larger, the less noise. A share
     ``pure`` of the users cares for one taste only, in either direction; the others' weights point
     anywhere. ``name_modes`` writes down which users are of one kind ("length+"), so that models of
-    one kind alone can be trained and every kind measured.
+    one kind alone can be trained and every kind measured. Answers are shown in pairs that differ in
+    every taste by at least ``min_difference`` standard deviations: where none has a list, a choice
+    says nothing about lists.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -42,6 +45,7 @@ class PopulationConfig(BaseModel):
     strength: float = Field(gt=0)
     pure: float = Field(0.5, ge=0, le=1)
     min_words: int = Field(3, ge=1)
+    min_difference: float = Field(0.0, ge=0)
     name_modes: bool = False
     seed: int = 0
 
@@ -97,6 +101,24 @@ def user_weights(config: PopulationConfig) -> dict[str, dict[str, float]]:
     return users
 
 
+def pairs_that_differ(
+    answers: Mapping[str, Sequence[str]], scale: TasteScale, min_difference: float
+) -> dict[str, list[tuple[str, str]]]:
+    """Pairs of answers to a prompt, of every prompt that has one, no taste of theirs nearer than
+    ``min_difference`` standard deviations."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for prompt, texts in answers.items():
+        measured = {text: np.array(scale.standardise(text)) for text in texts}
+        pairs = [
+            (a, b)
+            for a, b in itertools.combinations(texts, 2)
+            if (np.abs(measured[a] - measured[b]) >= min_difference).all()
+        ]
+        if pairs:
+            found[prompt] = pairs
+    return found
+
+
 def simulate(
     answers: Mapping[str, Sequence[str]],
     users: Mapping[str, Mapping[str, float]],
@@ -104,6 +126,7 @@ def simulate(
     *,
     choices_per_user: int,
     seed: int,
+    min_difference: float = 0.0,
     name_modes: bool = False,
 ) -> list[Preference]:
     """``choices_per_user`` noisy choices of every user, each between two answers to a prompt.
@@ -111,11 +134,15 @@ def simulate(
     A user meets a prompt once while there are enough prompts.
 
     Raises:
-        InputError: no prompt has two answers.
+        InputError: no prompt has two answers (that differ as much as they should).
     """
-    if not answers:
-        raise InputError("no prompt has two usable answers")
-    prompts = list(answers)
+    pairs = pairs_that_differ(answers, scale, min_difference)
+    if not pairs:
+        raise InputError(
+            "no prompt has two usable answers"
+            + (f" that differ by {min_difference} in every taste" if min_difference else "")
+        )
+    prompts = list(pairs)
     preferences = []
     for index, (user, weights) in enumerate(users.items()):
         rng = np.random.default_rng((seed, index))
@@ -123,8 +150,9 @@ def simulate(
         order = np.concatenate([rng.permutation(len(prompts)) for _ in range(rounds)])
         for number in order[:choices_per_user]:
             prompt = prompts[number]
-            first, second = rng.choice(len(answers[prompt]), size=2, replace=False)
-            a, b = answers[prompt][first], answers[prompt][second]
+            a, b = pairs[prompt][rng.integers(len(pairs[prompt]))]
+            if rng.random() < 0.5:
+                a, b = b, a
             gap = utility(weights, a, scale) - utility(weights, b, scale)
             prefers_a = rng.random() < 1 / (1 + math.exp(-gap))
             chosen, rejected = (a, b) if prefers_a else (b, a)
@@ -173,6 +201,7 @@ def build_named_users(
         scale,
         choices_per_user=config.num_choices,
         seed=config.seed,
+        min_difference=config.population.min_difference,
     )
     return [
         ExampleUser(
@@ -219,6 +248,7 @@ def build_preferences(
         scale,
         choices_per_user=config.choices_per_user,
         seed=config.seed,
+        min_difference=config.min_difference,
         name_modes=config.name_modes,
     )
     return preferences, scale

@@ -148,6 +148,7 @@ def _sides(
             scale,
             choices_per_user=config.num_choices,
             seed=config.seed + 1000 * (2 * number + (sign > 0)),
+            min_difference=config.population.min_difference,
         )
         latents[side] = [
             conditioning.infer(

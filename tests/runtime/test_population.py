@@ -85,6 +85,21 @@ def test_choices_follow_the_hidden_weights_with_the_right_noise() -> None:
     assert abs(share - 1 / (1 + math.exp(-gap))) < 0.03
 
 
+def test_pairs_differ_in_every_taste() -> None:
+    plain, listed = "some words in a row", "1. one thing\n2. another thing\n3. the last thing"
+    longer = "some more words that stand in one row and go on for quite a while"
+    texts = {"both": [plain, listed, longer], "neither": [plain, longer]}
+    scale = TasteScale.fit([plain, listed, longer], ["length", "lists"])
+    weights = {"length": 1.0}
+    chosen = simulate(
+        texts, {"u": weights}, scale, choices_per_user=200, seed=0, min_difference=0.1
+    )
+    assert {c.prompt for c in chosen} == {"both"}
+    assert all(listed in (c.chosen, c.rejected) for c in chosen)
+    with pytest.raises(InputError, match=r"differ by 9\.0 in every taste"):
+        simulate(texts, {"u": weights}, scale, choices_per_user=2, seed=0, min_difference=9.0)
+
+
 def test_population_is_reproducible_and_has_pure_users(tmp_path: Path) -> None:
     config = PopulationConfig(
         tastes=("length", "lists"), num_users=30, choices_per_user=25, strength=2.0, pure=0.5
