@@ -56,6 +56,11 @@ class Call {
   // call, or nothing: the calls before bring it.
   virtual Span first_read(const Team&) const { return {}; }
 
+  // Appends what the thread reads in many places of a memory no cache holds. A call before it,
+  // which has first_read and computes longer than it reads, brings that meanwhile.
+  virtual void scattered_reads(const Team&, std::vector<Span>&) const {}
+  virtual bool reads_scattered() const { return false; }
+
   // This thread's part of the work. Every thread of the team calls it, in the same order of calls.
   virtual void run(Team& team) const = 0;
 };

@@ -31,11 +31,14 @@ class Graph {
 
  private:
   void prepare(const std::vector<int64_t>& dims);
-  void run(size_t index, Team& team) const;
+  void run(size_t index, Team& team, std::vector<Span>& scattered) const;
 
   std::vector<int64_t> dims_;
   std::vector<std::shared_ptr<const Call>> calls_;
   std::vector<const Call*> reader_after_;  // by call, the next that reads memory; or null
+  std::vector<const Call*> scattered_after_;  // by call that reads memory, one that reads it in
+                                             // many places before the next; or null
+  size_t last_reader_ = SIZE_MAX;
   std::vector<const Call*> checked_;  // one of all that check the same
   std::set<std::pair<std::type_index, std::vector<int64_t>>> keys_;
 };

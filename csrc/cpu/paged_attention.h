@@ -10,6 +10,17 @@ namespace fssa::cpu {
 constexpr int64_t kKeyBlock = 64;   // keys whose softmax is taken at once, in four times 16 lanes
 constexpr int64_t kQueryRows = 96;  // query tokens x heads of one piece of work at most
 
+// Query rows [0, num_rows) of one piece of work: row r is token first_token + r / heads, head
+// first_head + r % heads, at position first_position + r / heads.
+struct AttentionPiece {
+  int64_t sequence;
+  int64_t first_token;
+  int64_t num_tokens;
+  int64_t first_position;
+  int64_t first_head;
+  int64_t heads;
+};
+
 struct AttentionCall final : Call {
   void* out = nullptr;     // [T,H,D] contiguous
   const void* q = nullptr;  // [T,H,D]
@@ -35,9 +46,45 @@ struct AttentionCall final : Call {
   RowCount num_sequences;
 
   static int64_t thread_scratch(int64_t head_dim);
+  // The first key a piece reads, and the one after its last.
+  int64_t oldest_key(const AttentionPiece& piece) const {
+    const int64_t oldest = piece.first_position + 1 - window;
+    return window && oldest > 0 ? oldest : 0;
+  }
+  int64_t num_keys(const AttentionPiece& piece) const {
+    return piece.first_position + piece.num_tokens;
+  }
+  void scattered_reads(const Team& team, std::vector<Span>& reads) const override;
+  bool reads_scattered() const override { return true; }
   void check() const override;
   std::vector<int64_t> check_key() const override;
   void run(Team& team) const override;
+};
+
+// One thread's pieces of the work, request after request: about as many pairs of a query and a key
+// as another's. Which rows share a piece does not change them.
+class AttentionWalk {
+ public:
+  AttentionWalk(const AttentionCall& call, const Team& team);
+
+  // False at the end.
+  bool next(AttentionPiece& piece);
+
+ private:
+  bool enter();
+  AttentionPiece piece() const;
+  int64_t cost(const AttentionPiece& piece) const;
+
+  const AttentionCall& call_;
+  int64_t heads_;           // of a piece
+  int64_t max_tokens_;      // of a piece
+  int64_t first_cost_ = 0;  // this thread's range of what all pieces cost
+  int64_t last_cost_ = 0;
+  int64_t passed_ = 0;  // cost of the pieces passed
+  int64_t sequence_ = -1;
+  int64_t start_ = 0;  // tokens of the request that are left
+  int64_t end_ = 0;
+  int64_t head_ = 0;  // the next piece's first
 };
 
 }  // namespace fssa::cpu

@@ -5,25 +5,14 @@ namespace FSSA_ISA {
 
 struct AttentionScratch {
   float* out;      // [kQueryRows, padded D]
-  float* keys;     // the block turned round, 16 keys at a time: [D][16], bf16 [D/2][16][2]
+  float* keys;     // the block turned round: [D][kKeyBlock], bf16 [D/2][kKeyBlock][2]
   float* weights;  // [kQueryRows, kKeyBlock]
   float* total;    // [kQueryRows, 16]
   float* maximum;  // [kQueryRows]
 };
 
-// Query rows [0, num_rows) of one piece: row r is token first_token + r / heads, head
-// first_head + r % heads, at position first_position + r / heads.
-struct AttentionPiece {
-  int64_t sequence;
-  int64_t first_token;
-  int64_t num_tokens;
-  int64_t first_position;
-  int64_t first_head;
-  int64_t heads;
-};
-
-// Sixteen keys turned round: `to` holds word 0 of every key, then word 1, and so on; a word is one
-// fp32 number or two bf16 numbers, the last of an odd count with a zero.
+// Sixteen keys turned round: word w of key j at to[w * kKeyBlock + j]; a word is one fp32 number or
+// two bf16 numbers, the last of an odd count with a zero.
 template <typename T>
 FSSA_INLINE void turn_round(float* to, const T* const* keys, int64_t dim) {
   uint32_t* words = reinterpret_cast<uint32_t*>(to);
@@ -32,17 +21,18 @@ FSSA_INLINE void turn_round(float* to, const T* const* keys, int64_t dim) {
   for (; w + 16 <= whole; w += 16) {
     const void* rows[16];
     for (int j = 0; j < 16; ++j) rows[j] = reinterpret_cast<const uint32_t*>(keys[j]) + w;
-    transpose_words(rows, words + w * 16);
+    transpose_words(rows, words + w * kKeyBlock, kKeyBlock);
   }
   for (; w < whole; ++w) {
     for (int j = 0; j < 16; ++j) {
-      __builtin_memcpy(words + w * 16 + j, reinterpret_cast<const char*>(keys[j]) + 4 * w, 4);
+      const char* word = reinterpret_cast<const char*>(keys[j]) + 4 * w;
+      __builtin_memcpy(words + w * kKeyBlock + j, word, 4);
     }
   }
   if (dim * sizeof(T) % 4) {
     for (int j = 0; j < 16; ++j) {
-      words[w * 16 + j] = 0;
-      __builtin_memcpy(words + w * 16 + j, keys[j] + dim - 1, sizeof(T));
+      words[w * kKeyBlock + j] = 0;
+      __builtin_memcpy(words + w * kKeyBlock + j, keys[j] + dim - 1, sizeof(T));
     }
   }
 }
@@ -100,26 +90,45 @@ FSSA_INLINE void mix_rows_of(int64_t rows, const T* const* values, int64_t num,
   mix_rows<kRows>(values, num, weights, out, padded, dim);
 }
 
-// weights[j] = scale q . k_j for kRows rows of a piece and every key of the block.
+// weights[j] = scale q . k_j for kRows rows from `row` on and the keys from `first` on, 16 * kGroups
+// at a time, as far as those of `num_keys` are whole. Returns the first key that is left.
+template <int kRows, int kGroups, typename T>
+FSSA_INLINE int64_t score_groups(const AttentionCall& a, const T* const* q,
+                                 const AttentionScratch& s, int64_t row, int64_t first,
+                                 int64_t num_keys) {
+  if constexpr (kRows * kGroups <= 2 * kMaxRows) {
+    for (; first + 16 * (kGroups - 1) < num_keys; first += 16 * kGroups) {
+      Vec acc[kRows][kGroups];
+      for (int r = 0; r < kRows; ++r) {
+        for (int g = 0; g < kGroups; ++g) acc[r][g] = broadcast(0.0f);
+      }
+      accumulate(q, reinterpret_cast<const T*>(s.keys + first), a.head_dim, acc, NothingAhead{},
+                 kKeyBlock);
+      for (int r = 0; r < kRows; ++r) {
+        float* weights = s.weights + (row + r) * kKeyBlock + first;
+        for (int g = 0; g < kGroups; ++g) {
+          store(weights + 16 * g, mul(acc[r][g], broadcast(a.scale)));
+        }
+      }
+    }
+  }
+  return first;
+}
+
+// The scores of kRows rows of a piece and every key of the block. Groups of keys go together while
+// the registers hold them: each is a chain of additions, which alone would wait for the adder.
 template <int kRows, typename T>
 FSSA_NOINLINE void score_rows(const AttentionCall& a, const AttentionPiece& piece,
                               const AttentionScratch& s, int64_t row, int64_t num_keys) {
-  const int64_t padded = (a.head_dim + 15) / 16 * 16;
   const T* q[kRows];
   for (int r = 0; r < kRows; ++r) {
     const int64_t token = (row + r) / piece.heads, head = (row + r) % piece.heads;
     q[r] = static_cast<const T*>(a.q) + (piece.first_token + token) * a.q_token_stride +
            (piece.first_head + head) * a.q_head_stride;
   }
-  for (int64_t first = 0; first < num_keys; first += 16) {
-    Vec acc[kRows][1];
-    for (int r = 0; r < kRows; ++r) acc[r][0] = broadcast(0.0f);
-    accumulate(q, reinterpret_cast<const T*>(s.keys + first * padded), a.head_dim, acc,
-               NothingAhead{}, 16);
-    for (int r = 0; r < kRows; ++r) {
-      store(s.weights + (row + r) * kKeyBlock + first, mul(acc[r][0], broadcast(a.scale)));
-    }
-  }
+  int64_t first = score_groups<kRows, 4>(a, q, s, row, 0, num_keys);
+  first = score_groups<kRows, 2>(a, q, s, row, first, num_keys);
+  score_groups<kRows, 1>(a, q, s, row, first, num_keys);
 }
 
 template <int kRows, typename T>
@@ -175,11 +184,6 @@ FSSA_INLINE int64_t kv_head(const AttentionCall& a, const AttentionPiece& piece)
   return piece.first_head / (a.num_heads / a.num_kv_heads);
 }
 
-// The first key a piece reads.
-FSSA_INLINE int64_t oldest_key(const AttentionCall& a, const AttentionPiece& piece) {
-  return a.window ? larger(0, piece.first_position + 1 - a.window) : 0;
-}
-
 template <typename T>
 FSSA_INLINE void fetch_row(const T* row, int64_t dim) {
   for (int64_t d = 0; d < dim; d += 64 / static_cast<int64_t>(sizeof(T))) prefetch(row + d);
@@ -191,7 +195,7 @@ FSSA_INLINE void fetch_keys(const AttentionCall& a, const AttentionPiece& piece,
   const int64_t entry = a.num_kv_heads * a.head_dim;
   const int32_t* pages = a.block_tables + piece.sequence * a.block_stride;
   const T* cache = static_cast<const T*>(a.k_cache) + kv_head(a, piece) * a.head_dim;
-  const int64_t num_keys = piece.first_position + piece.num_tokens;
+  const int64_t num_keys = a.num_keys(piece);
   const int64_t stop = smaller((first / kKeyBlock + 1) * kKeyBlock, num_keys);
   while (first < stop) {
     const int64_t in_page = first % a.page_size;
@@ -216,26 +220,32 @@ FSSA_INLINE void attend(const AttentionCall& a, const AttentionPiece& piece,
   const T* k_cache = static_cast<const T*>(a.k_cache) + kv_head(a, piece) * a.head_dim;
   const T* v_cache = static_cast<const T*>(a.v_cache) + kv_head(a, piece) * a.head_dim;
   const int64_t entry = a.num_kv_heads * a.head_dim;
-  const int64_t num_keys = piece.first_position + piece.num_tokens;
-  const int64_t oldest = oldest_key(a, piece);
+  const int64_t num_keys = a.num_keys(piece);
+  const int64_t oldest = a.oldest_key(piece);
   for (int64_t first = oldest / kKeyBlock * kKeyBlock; first < num_keys; first += kKeyBlock) {
     const int64_t num = smaller(kKeyBlock, num_keys - first);
     const T* keys[kKeyBlock];
     const T* values[kKeyBlock];
-    int64_t page = 0;  // what leads from a position times `entry` to its place in the cache
+    const int64_t begin = larger(first, oldest) - first;
+    for (int64_t j = begin; j < num;) {
+      const int64_t at = first + j, in_page = at % a.page_size;
+      const int64_t stop = smaller(num, j + a.page_size - in_page);
+      int64_t row = (pages[at / a.page_size] * a.page_size + in_page) * entry;
+      for (; j < stop; ++j, row += entry) {
+        keys[j] = k_cache + row;
+        values[j] = v_cache + row;
+      }
+    }
     // Keys before the window lie in pages that nobody promised, and past the end there are none:
     // the nearest key stands in for them, and its weight there is zero.
-    for (int64_t j = 0; j < (num + 15) / 16 * 16; ++j) {
-      const int64_t at = larger(oldest, smaller(first + j, num_keys - 1));
-      if (j == 0 || at % a.page_size == 0 || at == oldest) {
-        page = (pages[at / a.page_size] * a.page_size - at / a.page_size * a.page_size) * entry;
-      }
-      keys[j] = k_cache + page + at * entry;
-      values[j] = v_cache + page + at * entry;
+    for (int64_t j = 0; j < begin; ++j) {
+      keys[j] = keys[begin];
+      values[j] = values[begin];
     }
+    for (int64_t j = num; j % 16; ++j) keys[j] = keys[num - 1];
     // Values come from memory while the scores are computed, and the next keys after that.
     for (int64_t j = 0; j < num; ++j) fetch_row(values[j], a.head_dim);
-    for (int64_t j = 0; j < num; j += 16) turn_round(s.keys + j * padded, keys + j, a.head_dim);
+    for (int64_t j = 0; j < num; j += 16) turn_round(s.keys + j, keys + j, a.head_dim);
     constexpr int kScoreRows = kMaxRows < 8 ? kMaxRows : 8, kMixRows = kMaxRows < 8 ? 1 : 4;
     for (int64_t row = 0; row < num_rows; row += kScoreRows) {
       score_rows_of<kScoreRows, T>(num_rows - row, a, piece, s, row, num);
@@ -243,7 +253,7 @@ FSSA_INLINE void attend(const AttentionCall& a, const AttentionPiece& piece,
     if (first + kKeyBlock < num_keys) {
       fetch_keys<T>(a, piece, first + kKeyBlock);
     } else {
-      fetch_keys<T>(a, next, oldest_key(a, next));
+      fetch_keys<T>(a, next, a.oldest_key(next));
     }
     for (int64_t row = 0; row < num_rows; ++row) soften_row(a, piece, s, row, first, num);
     for (int64_t row = 0; row < num_rows; row += kMixRows) {
@@ -265,7 +275,6 @@ FSSA_INLINE void attend(const AttentionCall& a, const AttentionPiece& piece,
 
 template <typename T>
 void attention(const AttentionCall& a, Team& team) {
-  const int64_t groups = a.num_heads / a.num_kv_heads;
   const int64_t batch = a.num_sequences.get(), tokens = a.num_tokens.get();
   const int64_t padded = (a.head_dim + 15) / 16 * 16;
   AttentionScratch s;
@@ -274,38 +283,17 @@ void attention(const AttentionCall& a, Team& team) {
   s.weights = s.keys + kKeyBlock * padded;
   s.total = s.weights + kQueryRows * kKeyBlock;
   s.maximum = s.total + kQueryRows * 16;
-  // One KV head's query heads share its keys, unless that would leave a thread with less than its
-  // part. Which rows share a piece does not change them.
-  int64_t heads = groups;
-  if (batch * a.num_kv_heads < 2 * team.size()) heads = 1;
-  while (heads > kQueryRows) heads = (heads + 1) / 2;
-  while (groups % heads) --heads;
-  const int64_t head_pieces = a.num_heads / heads;
-  const int64_t max_tokens = larger(1, smaller(32, kQueryRows / heads));
   // A piece is computed when the thread's next is known.
-  AttentionPiece at_hand{};
-  bool any = false;
-  int64_t number = 0;
-  for (int64_t b = 0; b < batch; ++b) {
-    const int64_t start = a.q_indptr[b], stop = a.q_indptr[b + 1];
-    // From the last piece on, which is the longest.
-    for (int64_t end = stop; end > start; end -= max_tokens) {
-      const int64_t first = larger(start, end - max_tokens);
-      for (int64_t h = 0; h < head_pieces; ++h) {
-        if (number++ % team.size() != team.index()) continue;
-        const AttentionPiece next{b, first, end - first, a.kv_lens[b] - (stop - first), h * heads,
-                                  heads};
-        if (any) {
-          attend<T>(a, at_hand, next, s);
-        } else {
-          fetch_keys<T>(a, next, oldest_key(a, next));
-        }
-        at_hand = next;
-        any = true;
-      }
+  AttentionWalk walk(a, team);
+  AttentionPiece at_hand{}, next{};
+  if (walk.next(at_hand)) {
+    fetch_keys<T>(a, at_hand, a.oldest_key(at_hand));
+    while (walk.next(next)) {
+      attend<T>(a, at_hand, next, s);
+      at_hand = next;
     }
+    attend<T>(a, at_hand, at_hand, s);
   }
-  if (any) attend<T>(a, at_hand, at_hand, s);
   // Rows that belong to no request are zero.
   if (team.index() == 0) {
     const int64_t width = a.num_heads * a.head_dim;

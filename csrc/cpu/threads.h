@@ -67,6 +67,15 @@ class Team {
   Span upcoming() const { return upcoming_; }
   void set_upcoming(Span memory) { upcoming_ = memory; }
 
+  // What it will read in many places then, for the call at hand to bring while it has time: a
+  // queue, whose entries may be changed.
+  Span* meanwhile() const { return meanwhile_; }
+  Span* meanwhile_end() const { return meanwhile_end_; }
+  void set_meanwhile(Span* first, Span* last) {
+    meanwhile_ = first;
+    meanwhile_end_ = last;
+  }
+
   // This thread's contiguous part of `count` equal pieces of work.
   Range share(int64_t count) const {
     return {count * index_ / size_, count * (index_ + 1) / size_};
@@ -80,6 +89,8 @@ class Team {
   std::atomic<int64_t>* arrivals_;
   int64_t due_ = 0;
   Span upcoming_;
+  Span* meanwhile_ = nullptr;
+  Span* meanwhile_end_ = nullptr;
 };
 
 // Runs work(team) on `num_threads` threads at once (fewer where OpenMP grants fewer) and returns

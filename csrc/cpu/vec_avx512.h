@@ -121,8 +121,8 @@ FSSA_INLINE Vec dot_pairs(Vec acc, Pairs a, Pairs b) {
 #endif
 }
 
-// out[i][j] = word i of rows[j], 32-bit words.
-FSSA_INLINE void transpose_words(const void* const* rows, uint32_t* out) {
+// out[i * stride + j] = word i of rows[j], 32-bit words.
+FSSA_INLINE void transpose_words(const void* const* rows, uint32_t* out, int64_t stride) {
   __m512i a[16], b[16];
   for (int j = 0; j < 16; ++j) a[j] = _mm512_loadu_si512(rows[j]);
   // Pairs of rows, then fours: afterwards b[4 * i + k] holds word k of each 128-bit lane.
@@ -142,10 +142,10 @@ FSSA_INLINE void transpose_words(const void* const* rows, uint32_t* out) {
     const __m512i low_odd = _mm512_shuffle_i32x4(a[k], a[k + 4], 0xdd);
     const __m512i high_even = _mm512_shuffle_i32x4(a[k + 8], a[k + 12], 0x88);
     const __m512i high_odd = _mm512_shuffle_i32x4(a[k + 8], a[k + 12], 0xdd);
-    _mm512_storeu_si512(out + 16 * k, _mm512_shuffle_i32x4(low_even, high_even, 0x88));
-    _mm512_storeu_si512(out + 16 * (k + 8), _mm512_shuffle_i32x4(low_even, high_even, 0xdd));
-    _mm512_storeu_si512(out + 16 * (k + 4), _mm512_shuffle_i32x4(low_odd, high_odd, 0x88));
-    _mm512_storeu_si512(out + 16 * (k + 12), _mm512_shuffle_i32x4(low_odd, high_odd, 0xdd));
+    _mm512_storeu_si512(out + k * stride, _mm512_shuffle_i32x4(low_even, high_even, 0x88));
+    _mm512_storeu_si512(out + (k + 8) * stride, _mm512_shuffle_i32x4(low_even, high_even, 0xdd));
+    _mm512_storeu_si512(out + (k + 4) * stride, _mm512_shuffle_i32x4(low_odd, high_odd, 0x88));
+    _mm512_storeu_si512(out + (k + 12) * stride, _mm512_shuffle_i32x4(low_odd, high_odd, 0xdd));
   }
 }
 

@@ -182,12 +182,12 @@ FSSA_INLINE Vec dot_pairs(Vec acc, Pairs a, Pairs b) {
   return fma(high(a), high(b), fma(low(a), low(b), acc));
 }
 
-// out[i][j] = word i of rows[j], 32-bit words.
-FSSA_INLINE void transpose_words(const void* const* rows, uint32_t* out) {
+// out[i * stride + j] = word i of rows[j], 32-bit words.
+FSSA_INLINE void transpose_words(const void* const* rows, uint32_t* out, int64_t stride) {
   for (int j = 0; j < 16; ++j) {
     uint32_t words[16];
     std::memcpy(words, rows[j], sizeof words);
-    for (int i = 0; i < 16; ++i) out[16 * i + j] = words[i];
+    for (int i = 0; i < 16; ++i) out[i * stride + j] = words[i];
   }
 }
 
