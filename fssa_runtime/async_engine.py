@@ -13,6 +13,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -21,11 +22,13 @@ import torch
 from .answer_stream import AnswerStream, Ticket
 from .conditioning.checkpoint import Choice
 from .conditioning.embedding import Steps
+from .conditioning.questions import Candidate, Suggestion
 from .errors import EngineError, InputError, OverloadedError
 from .llm import LLM, Output
 from .models.language_model import Content
 from .request import Request, Token
 from .sampling import SamplingParams
+from .training.reward_model import TextReward
 from .users.registry import User, WhoseWeights
 
 T = TypeVar("T")
@@ -178,6 +181,14 @@ class AsyncEngine:
         """As `Users.add_choices`; see `infer`."""
         users, most = self.llm.users, self.llm.engine.scheduler.max_tokens
         return await self._work(lambda: users.add_steps(name, choices, most))
+
+    async def suggest_next_pair(
+        self, name: str, candidates: Sequence[Candidate], reward: TextReward | str | Path
+    ) -> Suggestion:
+        """As `Users.suggest_next_pair`, of the user as they are when their turn comes; see
+        `infer`."""
+        users, most = self.llm.users, self.llm.engine.scheduler.max_tokens
+        return await self._work(lambda: users.suggest_steps(name, candidates, reward, most))
 
     async def set_latent(self, name: str, latent: torch.Tensor) -> User:
         """As `Users.set_latent`; see `infer`."""

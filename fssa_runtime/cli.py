@@ -276,3 +276,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     given = {field.name: getattr(arguments, field.name) for field in fields(PlanOptions)}
     options = PlanOptions(**{name: value for name, value in given.items() if value is not None})
     run_plan(options, Console())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

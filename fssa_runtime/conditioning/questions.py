@@ -13,7 +13,7 @@ criterion: Houlsby, Huszár, Ghahramani, Lengyel, arXiv 1112.5745.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -28,7 +28,13 @@ from .encoder import Latent, antithetic_noise
 # compared on the same possible users.
 NUM_SAMPLES = 256
 NOISE_SEED = 0
+# Candidates whose rewards are taken together: bounds the memory of S latents for each.
+MAX_AT_ONCE = 64
+# Relative. Rewards are float32, and the last bits of equal candidates' depend on their places.
+EQUAL = 1e-5
 
+# A prompt and two answers to it, of which neither is preferred yet.
+Candidate = tuple[Content, Content, Content]
 Embed = Callable[[list[tuple[Content, Content]]], Tensor]
 
 
@@ -89,12 +95,11 @@ def information_of_questions(
     return expected_information_gain(log_probs)
 
 
-@torch.no_grad()
 def suggest_next_pair(
     model: QuestionModel,
     embed: Embed,
     choices: Sequence[Choice],
-    candidates: Sequence[tuple[Content, Content, Content]],
+    candidates: Sequence[Candidate],
     *,
     num_samples: int = NUM_SAMPLES,
 ) -> Suggestion:
@@ -105,32 +110,96 @@ def suggest_next_pair(
     candidates the first is taken.
 
     Raises:
-        InputError: no candidates, a candidate between an answer and itself, embeddings that are not
-            finite, a deterministic encoder.
+        InputError: no candidates, one that is not a prompt with two different answers, embeddings
+            that are not finite, a deterministic encoder.
     """
+    embedded = embed(options_to_read(choices, candidates))
+    return suggestion_of(model, embedded, len(choices), num_samples=num_samples)
+
+
+def options_to_read(
+    choices: Sequence[Choice], candidates: Sequence[Candidate]
+) -> list[tuple[Content, Content]]:
+    """The options that a suggestion is made from, in the order in which `suggestion_of` takes their
+    embeddings: chosen and rejected of the n choices, then both sides of the m candidates.
+
+    Raises:
+        InputError: no candidates, or one that is not a prompt with two different answers.
+    """
+    if isinstance(candidates, str) or not isinstance(candidates, Sequence):
+        raise InputError(
+            "candidates: expected a list of (prompt, one answer, another answer), "
+            f"got {type(candidates).__name__}"
+        )
     if not candidates:
         raise InputError("candidates: expected at least one pair, got none")
-    for number, (_, one, other) in enumerate(candidates):
-        if one == other:
-            raise InputError(f"candidates: pair {number}: both answers are the same")
-    sides = (
-        [(c.prompt, c.chosen) for c in choices],
-        [(c.prompt, c.rejected) for c in choices],
-        [(prompt, one) for prompt, one, _ in candidates],
-        [(prompt, other) for prompt, _, other in candidates],
-    )
-    embedded = embed([option for side in sides for option in side]).float()
+    for number, candidate in enumerate(candidates):
+        _check_candidate(number, candidate)
+    return [
+        *((c.prompt, c.chosen) for c in choices),
+        *((c.prompt, c.rejected) for c in choices),
+        *((prompt, one) for prompt, one, _ in candidates),
+        *((prompt, other) for prompt, _, other in candidates),
+    ]
+
+
+@torch.no_grad()
+def suggestion_of(
+    model: QuestionModel, embedded: Tensor, num_choices: int, *, num_samples: int = NUM_SAMPLES
+) -> Suggestion:
+    """The suggestion from the embeddings [2n + 2m, E] of `options_to_read`.
+
+    Raises:
+        InputError: embeddings that are not finite, a deterministic encoder.
+    """
+    embedded = embedded.float()
     if not torch.isfinite(embedded).all():
         raise InputError("embed: expected finite embeddings, got NaN or infinity")
-    chosen, rejected, one, other = embedded.split([len(side) for side in sides])
-    mask = torch.ones(1, len(choices), dtype=torch.bool)
-    latent = model.encode(chosen[None], rejected[None], mask)
+    num_candidates = len(embedded) // 2 - num_choices
+    chosen, rejected, one, other = embedded.split([num_choices] * 2 + [num_candidates] * 2)
+    latent = model.encode(
+        chosen[None], rejected[None], torch.ones(1, num_choices, dtype=torch.bool)
+    )
     if latent is None:
         raise InputError("questions: expected a model with an encoder, got one without")
-    information = information_of_questions(
-        model, latent, one[None], other[None], num_samples=num_samples
-    )[0]
-    return Suggestion(int(information.argmax()), information)
+    information = torch.cat(
+        [
+            information_of_questions(model, latent, a[None], b[None], num_samples=num_samples)[0]
+            for a, b in zip(one.split(MAX_AT_ONCE), other.split(MAX_AT_ONCE), strict=True)
+        ]
+    )
+    most = information.max()
+    best = (information >= most - EQUAL * most.abs()).nonzero()[0]
+    return Suggestion(int(best), information)
+
+
+def _check_candidate(number: int, candidate: object) -> None:
+    # Three letters are a sequence of three, too.
+    if isinstance(candidate, str) or not isinstance(candidate, Sequence) or len(candidate) != 3:
+        raise InputError(
+            f"candidates: pair {number}: expected (prompt, one answer, another answer), "
+            f"got {candidate!r}"
+        )
+    for name, text in zip(("prompt", "one answer", "another answer"), candidate, strict=True):
+        if not isinstance(text, str) and not _is_chat(text):
+            raise InputError(
+                f"candidates: pair {number}: {name}: expected text or chat messages, got {text!r}"
+            )
+    if candidate[1] == candidate[2]:
+        raise InputError(f"candidates: pair {number}: both answers are the same")
+
+
+def _is_chat(messages: object) -> bool:
+    return (
+        isinstance(messages, Sequence)
+        and len(messages) > 0
+        and all(
+            {"role", "content"} <= turn.keys()
+            if isinstance(turn, Mapping)
+            else isinstance(turn, tuple) and len(turn) == 2
+            for turn in messages
+        )
+    )
 
 
 def _entropy(log_probs: Tensor) -> Tensor:

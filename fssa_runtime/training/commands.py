@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from ..conditioning.embedding import EmbeddingConfig, embed_options
@@ -31,44 +31,65 @@ from .reward import Embed, RewardConfig, TextOptions, train_reward
 from .swap_test import SwapTestConfig, run_swap_test
 from .trainer import load_config
 
+SAY_EVERY_S = 5.0
+
 Recipe = TypeVar("Recipe", RewardConfig, PolicyConfig)
 
 
 def train_reward_command(config_file: Path, *, resume: bool, overwrite: bool) -> None:
     """Train a reward by a recipe; print where it lies and how well it predicts choices."""
     config = _with_switches(load_config(config_file, RewardConfig), resume, overwrite)
-    embed, fingerprint = None, None
+    if config.data.kind != "synthetic":
+        _need_files(config_file, config.data.files)
+    embed, fingerprint, base = None, None, None
     if config.data.kind == "preferences":
         if config.options is None:
-            raise InputError("options: expected the base model that reads the text, got none")
-        embed, fingerprint = _embedder(config.options)
-    result = train_reward(config, embed=embed, embed_fingerprint=fingerprint)
+            raise InputError(
+                f"{config_file}: options: expected the base model that reads the text, got none"
+            )
+        try:
+            embed, fingerprint, base = _embedder(config.options)
+        except InputError as error:
+            reason = str(error).removeprefix("--model ")
+            raise InputError(f"{config_file}: options.model: {reason}") from error
+    result = train_reward(
+        config,
+        embed=embed,
+        embed_fingerprint=fingerprint,
+        base_fingerprint=base,
+        on_embedded=_say_now_and_then(),
+    )
     console = Console()
     for split, measured in result.metrics.items():
-        if not (isinstance(measured, dict) and "contexts" in measured):
-            continue
-        title = split.replace("_", " ")
-        table = Table(
-            "choices", "accuracy", "± s.e.", "NLL, nats", "calibration error", title=title
-        )
-        limits = any("bayes_nll_same_tasks" in e for e in measured["contexts"].values())
+        if isinstance(measured, dict) and "contexts" in measured:
+            _print_reward(console, split.replace("_", " "), measured)
+    print(f"trained in {result.fit.seconds:.0f} s; written to {config.train.output_dir}")
+
+
+def _print_reward(console: Console, title: str, measured: dict[str, Any]) -> None:
+    # Headers on two lines: without a terminal a table has 80 columns.
+    table = Table("choices", "accuracy", "± s.e.", "NLL,\nnats", "calibration\nerror", title=title)
+    limits = any("bayes_nll_same_tasks" in e for e in measured["contexts"].values())
+    if limits:
+        table.add_column("best\naccuracy")
+        table.add_column("best\nNLL")
+    for n, entry in measured["contexts"].items():
+        cells = [n, f"{100 * entry['accuracy']:.2f} %", _percent(entry["accuracy_se"])]
+        cells += [f"{entry['nll']:.4f}", _percent(entry["calibration_error"])]
         if limits:
-            table.add_column("best accuracy")
-            table.add_column("best NLL")
-        for n, entry in measured["contexts"].items():
-            cells = [n, f"{100 * entry['accuracy']:.2f} %", _percent(entry["accuracy_se"])]
-            cells += [f"{entry['nll']:.4f}", _percent(entry["calibration_error"])]
-            if limits:
-                cells.append(_percent(entry["bayes_accuracy_same_tasks"]))
-                cells.append(f"{entry['bayes_nll_same_tasks']:.4f}")
-            table.add_row(*cells)
+            cells.append(_percent(entry["bayes_accuracy_same_tasks"]))
+            cells.append(f"{entry['bayes_nll_same_tasks']:.4f}")
+        table.add_row(*cells)
+    if table.rows:
         console.print(table)
-    console.print(f"trained in {result.fit.seconds:.0f} s; written to {config.train.output_dir}")
+    for n in measured["skipped_contexts"]:
+        print(f"{title}: not measured with {n} choices, no user made so many and one more")
 
 
 def train_policy_command(config_file: Path, *, resume: bool, overwrite: bool) -> None:
     """Train a conditioning by a recipe; print where it lies and its implicit reward's accuracy."""
     config = _with_switches(load_config(config_file, PolicyConfig), resume, overwrite)
+    _need_files(config_file, config.data.files)
     model = LanguageModel.load(config.model, dtype=config.dtype, show_progress=True)
     result = train_policy(config, model)
     console = Console()
@@ -85,10 +106,10 @@ def train_policy_command(config_file: Path, *, resume: bool, overwrite: bool) ->
     console.print(table)
     folder = config.train.output_dir
     if result.fit is None:
-        console.print(f"nothing was trained; written to {folder}")
+        print(f"nothing was trained; written to {folder}")
     else:
         checkpoint = folder / CONDITIONING_DIR
-        console.print(f"trained in {result.fit.seconds:.0f} s; checkpoint: {checkpoint}")
+        print(f"trained in {result.fit.seconds:.0f} s; checkpoint: {checkpoint}")
 
 
 def answers_command(model: str, prompts: Path, config_file: Path, output: Path) -> None:
@@ -154,18 +175,36 @@ def _with_switches(config: Recipe, resume: bool, overwrite: bool) -> Recipe:
     return config.model_copy(update={"train": train})
 
 
-def _embedder(options: TextOptions) -> tuple[Embed, str]:
-    """What turns options into vectors, and a name for it that changes when the vectors would."""
+def _need_files(config_file: Path, files: Sequence[Path]) -> None:
+    """Before a base model is loaded, which takes a while."""
+    for path in files:
+        if not path.is_file():
+            raise InputError(f"{config_file}: data.files: expected a file, found none at {path}")
+
+
+def _embedder(options: TextOptions) -> tuple[Embed, str, str]:
+    """What turns options into vectors, a name for it that changes when the vectors would, and the
+    fingerprint of the base model's weights."""
     model = LanguageModel.load(options.model, dtype=options.dtype, show_progress=True)
     config: EmbeddingConfig = options.embedding
-    progress = Progress()
-    task = progress.add_task("embedding options", total=None)
 
     def embed(asked: Sequence[tuple[Content, Content]]) -> torch.Tensor:
-        with progress:
-            return embed_options(model, config, asked, on_done=lambda n: progress.advance(task, n))
+        return embed_options(model, config, asked)
 
-    return embed, f"{model.fingerprint}/{options.dtype}/{config.pooling}"
+    return embed, f"{model.fingerprint}/{options.dtype}/{config.pooling}", model.fingerprint
+
+
+def _say_now_and_then() -> Callable[[int, int], None]:
+    """Tells how many options were read, a line every few seconds: in a terminal, file or pipe."""
+    last = time.monotonic()
+
+    def say(done: int, total: int) -> None:
+        nonlocal last
+        if done == total or time.monotonic() - last > SAY_EVERY_S:
+            last = time.monotonic()
+            print(f"{done} of {total} options read by the base model", flush=True)
+
+    return say
 
 
 def _read_some_answers(answers: Path) -> list[Mapping[str, str]]:

@@ -19,7 +19,12 @@ from transformers import TrainerCallback
 from fssa_runtime.conditioning.encoder import antithetic_noise
 from fssa_runtime.files import write_atomically
 from fssa_runtime.training.evaluation import Scores, evaluate
-from fssa_runtime.training.reward_model import RewardModel, load_reward, save_reward
+from fssa_runtime.training.reward_model import (
+    RewardModel,
+    TextReading,
+    load_reward,
+    save_reward,
+)
 from fssa_runtime.training.reward_objective import RewardObjective
 from fssa_runtime.training.reward_recipe import (
     EvaluationSettings,
@@ -73,6 +78,8 @@ def train_reward(
     *,
     embed: Embed | None = None,
     embed_fingerprint: str | None = None,
+    base_fingerprint: str | None = None,
+    on_embedded: Callable[[int, int], None] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> RewardResult:
     """Train a reward model by `config`, evaluate it, and write both to train.output_dir.
@@ -80,11 +87,14 @@ def train_reward(
     embed: needed for data.kind "preferences": a list of m (prompt, completion) → [m, E] float.
     It is called once for every distinct option. embed_fingerprint: names what embeds (model,
     layer, template); if given, embeddings are kept in output_dir and reused by later runs with
-    the same fingerprint and options. Files written: reward_model.safetensors, reward_config.json,
+    the same fingerprint and options. base_fingerprint: of the weights of config.options.model, if
+    embed reads options as config.options says; the reward then is a `TextReward`, which
+    `Users.suggest_next_pair` can ask. on_embedded is told how many options are embedded, of how
+    many. Files written: reward_model.safetensors, reward_config.json,
     metrics.json. Deterministic from config.train.seed on the CPU. ValueError on data or settings
     that do not fit, errors of `fit` and `read_preferences` besides.
     """
-    source = reward_source(config, embed, embed_fingerprint)
+    source = reward_source(config, embed, embed_fingerprint, on_embedded)
     torch.manual_seed(config.train.seed)
     model = RewardModel(config.model_for(source.option_dim))
     model.scaler.fit(source.scaling_sample)
@@ -108,7 +118,14 @@ def train_reward(
         **measured,
     }
     folder = config.train.output_dir
-    save_reward(model, folder)
+    reading = None
+    if config.options is not None and base_fingerprint is not None:
+        reading = TextReading(
+            base_model=config.options.model,
+            base_fingerprint=base_fingerprint,
+            embedding=config.options.embedding,
+        )
+    save_reward(model, folder, reading)
     write_atomically(folder / METRICS_FILE, (json.dumps(metrics, indent=2) + "\n").encode())
     return RewardResult(model, metrics, outcome)
 
@@ -145,7 +162,11 @@ def evaluate_reward(
     def score(batch: dict[str, Tensor]) -> Scores:
         return model(batch, noise)
 
-    metrics: dict[str, Any] = {}
+    metrics: dict[str, Any] = {
+        name: {"contexts": {}, "skipped_contexts": every_n}
+        for name, every_n in skipped.items()
+        if name not in by_split
+    }
     for name, tasks_by_n in by_split.items():
         metrics[name] = evaluate(
             score,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from fssa_runtime.conditioning.embedding import EmbeddingConfig
 from fssa_runtime.conditioning.encoder import (
     EncoderConfig,
     EncoderSettings,
@@ -31,6 +33,7 @@ from fssa_runtime.conditioning.encoder import (
     real_choices,
     two_layer_mlp,
 )
+from fssa_runtime.errors import InputError
 from fssa_runtime.files import write_atomically
 from fssa_runtime.training.evaluation import Scores
 from fssa_runtime.training.losses import gaussian_reward_log_probs, luce_log_probs
@@ -58,6 +61,17 @@ class RewardModelConfig(BaseModel):
         if self.gaussian and (self.encoder is not None or self.head != "mlp"):
             raise ValueError("gaussian: expected false with an encoder or a linear head")
         return self
+
+
+class TextReading(BaseModel):
+    """Whose hidden states a reward on texts was trained on: the base model by name and by the
+    fingerprint of its weights, and what was taken of them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    base_model: str
+    base_fingerprint: str
+    embedding: EmbeddingConfig
 
 
 class RewardModel(nn.Module):
@@ -184,11 +198,23 @@ class RewardModel(nn.Module):
         return luce_log_probs(of_chosen, of_rejected, real.expand_as(of_rejected))
 
 
-def save_reward(model: RewardModel, folder: str | Path) -> None:
+@dataclass(frozen=True)
+class TextReward:
+    """A reward with what turns texts into its options: `load_text_reward`, or made of both parts.
+
+    `name` is what errors call it.
+    """
+
+    model: RewardModel
+    reading: TextReading
+    name: str = "reward"
+
+
+def save_reward(model: RewardModel, folder: str | Path, reading: TextReading | None = None) -> None:
     """Write reward_model.safetensors and reward_config.json; nothing is left half-written.
 
     The configuration records the hash of the weights, so that files of two different saves are
-    never taken for one checkpoint.
+    never taken for one checkpoint. `reading`: of a reward on texts, for `load_text_reward`.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -198,6 +224,8 @@ def save_reward(model: RewardModel, folder: str | Path) -> None:
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
         "model": model.config.model_dump(mode="json"),
     }
+    if reading is not None:
+        record["reading"] = reading.model_dump(mode="json")
     write_atomically(folder / WEIGHTS_FILE, weights)
     write_atomically(folder / CONFIG_FILE, (json.dumps(record, indent=2) + "\n").encode())
 
@@ -208,8 +236,35 @@ def load_reward(folder: str | Path) -> RewardModel:
     FileNotFoundError when a file is missing; ValueError naming the file when it is corrupt, of
     another format version, or the two do not belong together.
     """
-    config_file, weights_file = Path(folder) / CONFIG_FILE, Path(folder) / WEIGHTS_FILE
-    record = _read_record(config_file)
+    return _model_of(_read_record(Path(folder) / CONFIG_FILE), Path(folder))
+
+
+def load_text_reward(folder: str | Path) -> TextReward:
+    """A reward that `fssa train reward` trained on texts (data of kind "preferences").
+
+    Raises:
+        InputError: what `load_reward` raises, or a reward that says not what texts were read by.
+    """
+    config_file = Path(folder) / CONFIG_FILE
+    try:
+        record = _read_record(config_file)
+        model = _model_of(record, Path(folder))
+    except (ValueError, OSError) as error:
+        raise InputError(f"reward {folder}: {error}") from error
+    if record.get("reading") is None:
+        raise InputError(
+            f"{config_file}: field 'reading': expected the base model that texts were read by, got "
+            "none; train the reward with `fssa train reward` on data of kind 'preferences'"
+        )
+    try:
+        reading = TextReading.model_validate(record["reading"])
+    except ValidationError as error:
+        raise InputError(f"{config_file}: field 'reading': {error}") from error
+    return TextReward(model, reading, f"reward {folder}")
+
+
+def _model_of(record: dict[str, Any], folder: Path) -> RewardModel:
+    config_file, weights_file = folder / CONFIG_FILE, folder / WEIGHTS_FILE
     if record.get("format_version") != FORMAT_VERSION:
         raise ValueError(
             f"{config_file}: field 'format_version': expected {FORMAT_VERSION}, "

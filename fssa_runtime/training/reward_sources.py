@@ -45,6 +45,7 @@ from fssa_runtime.training.tasks import (
 EMBEDDINGS_FILE = "embeddings.safetensors"
 
 Embed = Callable[[list[tuple[Content, Content]]], Tensor]
+OnEmbedded = Callable[[int, int], None]
 HeldOut = Callable[[int], dict[str, Dataset[OptionTask] | None]]
 
 
@@ -61,17 +62,20 @@ class RewardSource:
 
 
 def reward_source(
-    config: RewardConfig, embed: Embed | None, embed_fingerprint: str | None
+    config: RewardConfig,
+    embed: Embed | None,
+    embed_fingerprint: str | None,
+    on_embedded: OnEmbedded | None = None,
 ) -> RewardSource:
-    """The source `config.data` asks for; `embed` as for `reward.train_reward`. ValueError when data
-    and settings do not fit, errors of reading besides."""
+    """The source `config.data` asks for; the rest as for `reward.train_reward`. ValueError when
+    data and settings do not fit, errors of reading besides."""
     if isinstance(config.data, SyntheticData):
         return _synthetic_source(config, config.data)
     if isinstance(config.data, ChoiceFiles):
         return _choice_source(config, config.data)
     if embed is None:
         raise ValueError("embed: expected a function for data.kind 'preferences', got None")
-    return _preference_source(config, config.data, embed, embed_fingerprint)
+    return _preference_source(config, config.data, embed, embed_fingerprint, on_embedded)
 
 
 def _synthetic_source(config: RewardConfig, data: SyntheticData) -> RewardSource:
@@ -125,7 +129,11 @@ def _choice_source(config: RewardConfig, files: ChoiceFiles) -> RewardSource:
 
 
 def _preference_source(
-    config: RewardConfig, files: PreferenceFiles, embed: Embed, fingerprint: str | None
+    config: RewardConfig,
+    files: PreferenceFiles,
+    embed: Embed,
+    fingerprint: str | None,
+    on_embedded: OnEmbedded | None,
 ) -> RewardSource:
     data = read_preferences(files.files, pairs_only=False)
     split = split_preferences(
@@ -135,7 +143,9 @@ def _preference_source(
         seed=files.split_seed,
     )
     cache = None if fingerprint is None else config.train.output_dir / EMBEDDINGS_FILE
-    options = embed_preferences(data, embed, cache=cache, fingerprint=fingerprint or "")
+    options = embed_preferences(
+        data, embed, cache=cache, fingerprint=fingerprint or "", on_done=on_embedded
+    )
     train = rows_of_mode(data, split.train, files.mode)
     splits = {
         name: rows_of_mode(data, getattr(split, name), files.mode)
@@ -208,13 +218,15 @@ def embed_preferences(
     cache: Path | None = None,
     fingerprint: str = "",
     batch_size: int = 64,
+    on_done: OnEmbedded | None = None,
 ) -> EmbeddedChoices:
     """Embeddings (float32) of the options of every preference, N = len(data).
 
     Every distinct (prompt, completion) is embedded once, `batch_size` at a time, in order of
     first appearance. With `cache`, a file written by an earlier call with the same options and
-    fingerprint is read instead, and else (re)written. ValueError when `embed` returns another
-    shape than [m, E] with the same E throughout, or NaN or infinity.
+    fingerprint is read instead, and else (re)written. `on_done` is told how many are done, of how
+    many. ValueError when `embed` returns another shape than [m, E] with the same E throughout, or
+    NaN or infinity.
     """
     index: dict[tuple[Content, Content], int] = {}
     chosen = [index.setdefault((p.prompt, p.chosen), len(index)) for p in data.preferences]
@@ -236,6 +248,8 @@ def embed_preferences(
                     f"embed: expected [{len(asked)}, {width}], got {tuple(part.shape)}"
                 )
             parts.append(part.detach().float().cpu())
+            if on_done is not None:
+                on_done(start + len(asked), len(options))
         table = torch.cat(parts)
         if not torch.isfinite(table).all():
             raise ValueError("embed: expected finite embeddings, got NaN or infinity")

@@ -28,6 +28,8 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from fssa_runtime.training.progress import Progress, shown_by
+
 _SETTINGS_FILE = "train_settings.json"
 # These may differ between a run and its continuation without changing the result.
 _NOT_DECISIVE = {
@@ -58,8 +60,9 @@ class TrainSettings(BaseModel):
     tasks. The schedule warms up linearly for `warmup_steps`, then stays constant or falls to 0.
     max_grad_norm = 0 does not clip; save_every = 0 keeps no checkpoints. AdamW with weight decay
     on weight matrices only. cpu_threads = 0 leaves torch's number of threads as it is; networks
-    of a few hundred units train fastest on one, above all on a busy machine. TensorBoard logs are
-    written if wanted and installed.
+    of a few hundred units train fastest on one, above all on a busy machine. progress: "bar" (lines
+    instead where standard error is no terminal), "log" lines, "off". TensorBoard logs are written
+    if wanted and installed.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -80,7 +83,7 @@ class TrainSettings(BaseModel):
     num_workers: int = Field(default=0, ge=0)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     cpu_threads: int = Field(default=0, ge=0)
-    progress: Literal["bar", "log", "off"] = "bar"
+    progress: Progress = "bar"
     tensorboard: bool = True
     resume: bool = False
     overwrite: bool = False
@@ -117,8 +120,9 @@ def load_config(path: str | Path, config_type: type[ConfigT]) -> ConfigT:
         return config_type.model_validate(raw)
     except ValidationError as error:
         faults = "\n".join(
-            f"  {'.'.join(map(str, fault['loc'])) or '(whole file)'}: {fault['msg']}, "
-            f"got {fault['input']!r}"
+            f"  {'.'.join(map(str, fault['loc'])) or '(whole file)'}: {fault['msg']}"
+            # Of what is missing the "input" is all that surrounds it.
+            + ("" if fault["type"] == "missing" else f", got {fault['input']!r}")
             for fault in error.errors()
         )
         raise ValueError(f"{path}: not a valid {config_type.__name__}\n{faults}") from error
@@ -167,8 +171,10 @@ def fit(
         train_dataset=dataset,
         callbacks=list(callbacks),
     )
-    if settings.progress == "off":
-        trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(PrinterCallback)  # prints dicts, without the step
+    shown = shown_by(settings.progress)
+    if shown is not None:
+        trainer.add_callback(shown)
     with cpu_threads(settings.cpu_threads):
         output = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     return FitResult(
@@ -296,7 +302,7 @@ def _training_arguments(settings: TrainSettings) -> TrainingArguments:
         remove_unused_columns=False,
         dataloader_num_workers=settings.num_workers,
         dataloader_pin_memory=not use_cpu,
-        disable_tqdm=settings.progress != "bar",
+        disable_tqdm=True,  # the bar, where there is one, is `progress.StepBar`
         report_to=["tensorboard"] if settings.tensorboard and has_tensorboard else [],
         use_cpu=use_cpu,
     )

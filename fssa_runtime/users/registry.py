@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from ..conditioning.beliefs import Belief, learning_steps, prior_belief
 from ..conditioning.checkpoint import Choice, Conditioning
 from ..conditioning.embedding import MAX_BATCH_TOKENS, Steps, result_of
+from ..conditioning.questions import Candidate, Suggestion
 from ..conditioning.user_weights import UserWeights
 from ..errors import InputError
 from ..models.language_model import LanguageModel
+from ..training.reward_model import TextReward
+from .questions import suggestion_steps
 
 # A name, shares of several names, weights themselves, or None for the base model's.
 WhoseWeights = str | Mapping[str, float] | UserWeights | None
@@ -119,6 +123,45 @@ class Users:
         checked = tuple(_choice(number, choice) for number, choice in enumerate(choices))
         belief = yield from learning_steps(conditioning, self._model, belief, checked, max_tokens)
         return self._keep(name, (*known, *checked), belief.mean, belief)
+
+    def suggest_next_pair(
+        self, name: str, candidates: Sequence[Candidate], reward: TextReward | str | Path
+    ) -> Suggestion:
+        """Which of these pairs to let a user choose from next: the one whose answer is expected to
+        tell most about them, given what they chose before (docs/METHOD.md section 7).
+
+            I(answer; z | choices) = H(E_z p(answer | z)) - E_z H(p(answer | z))
+
+        Args:
+            candidates: pairs that might be shown, each (prompt, one answer, another answer).
+            reward: of this base model, with a stochastic encoder: the folder that
+                `fssa train reward` wrote, or, to read it once for many calls, what
+                `load_text_reward` made of it.
+
+        Returns:
+            ``best``, the place of the pair in the list, the first of equal ones, and
+            ``information``, nats [m] in float64, of every pair: between 0 and ln 2 up to rounding.
+            Deterministic; changes nobody. Of a latent that was set nothing is known here: then it
+            is as with no choices at all.
+
+        Raises:
+            InputError: an unknown user, no candidates, one that is not a prompt with two different
+                answers, or a reward that does not fit: the message says what to train.
+
+        Source: Houlsby, Huszár, Ghahramani, Lengyel, arXiv 1112.5745.
+        """
+        return result_of(self.suggest_steps(name, candidates, reward))
+
+    def suggest_steps(
+        self,
+        name: str,
+        candidates: Sequence[Candidate],
+        reward: TextReward | str | Path,
+        max_tokens: int = MAX_BATCH_TOKENS,
+    ) -> Steps[Suggestion]:
+        """As `suggest_next_pair`, ``max_tokens`` tokens of the options at a time."""
+        choices = self[name].choices
+        return (yield from suggestion_steps(self._model, reward, choices, candidates, max_tokens))
 
     def set_latent(self, name: str, latent: torch.Tensor) -> User:
         """Know a user by a latent ``z [Z]`` and no choices.
