@@ -69,7 +69,8 @@ void AttentionCall::scattered_reads(const Team& team, std::vector<Span>& reads) 
     if (piece.sequence == sequence) continue;
     sequence = piece.sequence;
     const int32_t* pages = block_tables + sequence * block_stride;
-    for (int64_t key = oldest_key(piece), stop = num_keys(piece); key < stop;) {
+    const int64_t stop = num_keys(piece);
+    for (int64_t key = oldest_key(piece); key < stop && bytes < kBytesAhead;) {
       const int64_t in_page = key % page_size;
       const int64_t num = std::min(page_size - in_page, stop - key);
       const int64_t at = (pages[key / page_size] * page_size + in_page) * key_bytes;
