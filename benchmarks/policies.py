@@ -149,7 +149,10 @@ def main() -> int:
     if unknown:
         parser.error(f"--only: expected some of {', '.join(every)}, got {', '.join(unknown)}")
     set_threads(options.threads)
-    make_choices()
+    try:
+        make_choices()
+    except InputError as error:
+        parser.error(str(error))
     if not (RUNS / "reward" / REWARD_METRICS).is_file():
         train_reward_command(RECIPES / "reward.yaml", resume=False, overwrite=True)
     model = LanguageModel.load(recipe.model, dtype=recipe.dtype, show_progress=True)

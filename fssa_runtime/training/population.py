@@ -150,9 +150,13 @@ def simulate(
         order = np.concatenate([rng.permutation(len(prompts)) for _ in range(rounds)])
         for number in order[:choices_per_user]:
             prompt = prompts[number]
-            a, b = pairs[prompt][rng.integers(len(pairs[prompt]))]
-            if rng.random() < 0.5:
-                a, b = b, a
+            if min_difference:
+                a, b = pairs[prompt][rng.integers(len(pairs[prompt]))]
+                if rng.random() < 0.5:
+                    a, b = b, a
+            else:  # these draws made the choices of the checkpoint that ships
+                first, second = rng.choice(len(answers[prompt]), size=2, replace=False)
+                a, b = answers[prompt][first], answers[prompt][second]
             gap = utility(weights, a, scale) - utility(weights, b, scale)
             prefers_a = rng.random() < 1 / (1 + math.exp(-gap))
             chosen, rejected = (a, b) if prefers_a else (b, a)
