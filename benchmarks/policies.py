@@ -59,8 +59,10 @@ def variants(recipe: PolicyConfig) -> dict[str, PolicyConfig]:
     """Every policy that is compared, by name."""
     base = recipe.model_dump()
     made: dict[str, dict[str, Any]] = {}
+    # Every kind's choices as often as the policy dedicated to that kind has them.
+    steps = {"train": base["train"] | {"steps": len(KINDS) * recipe.train.steps}}
     for name, family in FAMILIES.items():
-        made[name] = {"modulator": base["modulator"] | {"families": [family]}}
+        made[name] = steps | {"modulator": base["modulator"] | {"families": [family]}}
     floor = NOBODY | {"evaluation": base["evaluation"] | {"contexts": [0]}}
     made[EVERYBODY] = floor
     for kind in KINDS:

@@ -102,13 +102,12 @@ def result_of(steps: Steps[T], on_done: Callable[[int], None] | None = None) -> 
 def pool(config: EmbeddingConfig, packed: PackedOptions, hidden: torch.Tensor) -> torch.Tensor:
     """Embeddings ``[m, E]`` float32 from the final hidden states ``[T, C]`` of packed options."""
     hidden = hidden.float()
+    index, _, owner = packed.answer_index()
+    lengths = torch.tensor(packed.answer_lengths, device=hidden.device)
     parts = []
     if config.pooling in ("mean", "mean_last"):
-        index, owner = packed.answer_index()
-        total = hidden.new_zeros(len(packed.lengths), hidden.shape[1])
-        total.index_add_(0, owner, hidden[index])
-        parts.append(total / torch.tensor(packed.answer_lengths, device=hidden.device)[:, None])
+        total = hidden.new_zeros(len(lengths), hidden.shape[1])
+        parts.append(total.index_add_(0, owner, hidden[index]) / lengths[:, None])
     if config.pooling in ("last", "mean_last"):
-        last = torch.tensor(packed.lengths, device=hidden.device).cumsum(0) - 1
-        parts.append(hidden[last])
+        parts.append(hidden[index[lengths.cumsum(0) - 1]])
     return torch.cat(parts, dim=-1)

@@ -6,7 +6,7 @@ The decoder calls ``attend`` and does not know which it has. `PagedAttention` se
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
@@ -90,10 +90,16 @@ class PagedAttention:
 class PackedAttention:
     """Causal attention inside each of several whole sequences, laid end to end without padding.
 
-    ``lengths``: tokens of each sequence, their sum is T. Differentiable.
+    ``lengths``: tokens of each sequence, their sum is T. ``branches``: of each sequence, lengths of
+    the pieces it ends in, none of which sees the others (answers to one prompt, say); one piece, or
+    no ``branches`` at all, is a plain sequence. Differentiable.
     """
 
     lengths: tuple[int, ...]
+    branches: tuple[tuple[int, ...], ...] = ()
+    _masks: dict[int, list[torch.Tensor | None]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def attend(
         self,
@@ -110,21 +116,44 @@ class PackedAttention:
             q = head_norm(q, norms.q_norm, norms.eps, norms.weight_offset)
             k = head_norm(k, norms.k_norm, norms.eps, norms.weight_offset)
         q, k = apply_rope(q, positions, cos_sin), apply_rope(k, positions, cos_sin)
-        parts = zip(*(t.transpose(0, 1).split(self.lengths, dim=1) for t in (q, k, v)), strict=True)
-        outs = [_causal(*part, window=window) for part in parts]
-        return torch.cat(outs, dim=1).transpose(0, 1)
+        if window not in self._masks:
+            self._masks[window] = self._make_masks(positions, window)
+        parts = zip(
+            *(t.transpose(0, 1).split(self.lengths, dim=1) for t in (q, k, v)),
+            self._masks[window],
+            strict=True,
+        )
+        return torch.cat([_causal(*part) for part in parts], dim=1).transpose(0, 1)
+
+    def _make_masks(self, positions: torch.Tensor, window: int) -> list[torch.Tensor | None]:
+        """Of each sequence, what its tokens see ``[S, S]``; None where it is all that precedes."""
+        branches = self.branches or ((),) * len(self.lengths)
+        parts = zip(positions.split(self.lengths), branches, strict=True)
+        return [_seen(places, lengths, window) for places, lengths in parts]
 
 
-def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, window: int) -> torch.Tensor:
+def _seen(positions: torch.Tensor, branches: tuple[int, ...], window: int) -> torch.Tensor | None:
+    length = len(positions)
+    if len(branches) < 2 and not 0 < window < length:
+        return None
+    index = torch.arange(length, device=positions.device)
+    seen = index[:, None] >= index
+    if window:
+        seen &= positions[:, None] - positions < window
+    if len(branches) > 1:
+        sizes = torch.tensor([length - sum(branches), *branches], device=positions.device)
+        # 0 is what all share.
+        branch = torch.arange(len(sizes), device=positions.device).repeat_interleave(sizes)
+        seen &= (branch == 0) | (branch[:, None] == branch)
+    return seen
+
+
+def _causal(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor | None
+) -> torch.Tensor:
     """One sequence: ``q [H,S,D]``, ``k, v [Hkv,S,D]`` -> ``[H,S,D]``."""
-    length = q.shape[1]
-    mask = None
-    if window and window < length:
-        index = torch.arange(length, device=q.device)
-        distance = index[:, None] - index[None, :]
-        mask = (distance >= 0) & (distance < window)
     # A batch of one, because the grouped-query kernels ask for four dimensions.
     out = F.scaled_dot_product_attention(
-        q[None], k[None], v[None], attn_mask=mask, is_causal=mask is None, enable_gqa=True
+        q[None], k[None], v[None], attn_mask=seen, is_causal=seen is None, enable_gqa=True
     )
     return out[0]

@@ -1,4 +1,4 @@
-"""Losses of METHOD.md section 3 and the log-probabilities they are made of.
+"""Losses of METHOD.md section 3.
 
 Everything is reduced in float32 whatever the dtype of the inputs, is differentiable, and takes
 padding through boolean masks.
@@ -7,12 +7,10 @@ padding through boolean masks.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 
 def luce_log_probs(
@@ -157,103 +155,6 @@ def dpo_loss(
         policy_rejected, reference_rejected, beta=beta
     )
     return _mean_nll(margin, mask)
-
-
-def token_logprob(logits: Tensor, tokens: Tensor, *, chunk_size: int = 256) -> Tensor:
-    """log softmax(logits_i)[tokens_i] for every row.
-
-    logits [M, V] any float dtype, tokens [M] integer; returns [M] float32. Works on `chunk_size`
-    rows at a time and recomputes them in the backward pass, so that at most [chunk_size, V]
-    exists in float32. Row i of logits must already be the prediction *of* tokens_i.
-    """
-    return token_logprob_from_hidden(logits, tokens, _identity, chunk_size=chunk_size)
-
-
-def token_logprob_from_hidden(
-    hidden: Tensor,
-    tokens: Tensor,
-    project: Callable[[Tensor], Tensor],
-    *,
-    chunk_size: int = 256,
-) -> Tensor:
-    """`token_logprob` of project(hidden), with the logits themselves made chunk by chunk.
-
-    hidden [M, C]; project: [m, C] → [m, V] (language-model head, soft capping included); tokens
-    [M] integer; returns [M] float32. Logits are recomputed in the backward pass and never exist
-    for more than `chunk_size` rows.
-    """
-    if hidden.ndim != 2 or tokens.shape != hidden.shape[:1]:
-        raise ValueError(
-            f"tokens: expected one for each row of hidden or logits {tuple(hidden.shape)}, "
-            f"got {tuple(tokens.shape)}"
-        )
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size: expected at least 1, got {chunk_size}")
-    if not len(tokens):
-        return hidden.new_zeros(0, dtype=torch.float32)
-
-    def of_chunk(rows: Tensor, wanted: Tensor) -> Tensor:
-        logits = project(rows).float()
-        picked = logits.gather(-1, wanted[:, None].long())[:, 0]
-        return picked - torch.logsumexp(logits, dim=-1)
-
-    recompute = torch.is_grad_enabled()
-    parts = [
-        checkpoint(of_chunk, rows, wanted, use_reentrant=False)
-        if recompute
-        else of_chunk(rows, wanted)
-        # split, not slices: its backward joins the pieces once instead of adding up one
-        # full-size, mostly zero gradient for each piece.
-        for rows, wanted in zip(hidden.split(chunk_size), tokens.split(chunk_size), strict=True)
-    ]
-    return torch.cat(parts)
-
-
-def sequence_logprob(
-    logits: Tensor, tokens: Tensor, mask: Tensor, *, chunk_size: int = 256
-) -> Tensor:
-    """Log-probability of the marked tokens of every sequence.
-
-        out_b = Σ_{t >= 1, mask[b,t]}  log softmax(logits[b, t-1])[ tokens[b, t] ]
-
-    logits [B, T, V]: position t predicts token t+1, as causal models return them. tokens [B, T]
-    integer. mask [B, T] bool, True exactly at the response tokens (not the prompt, not padding);
-    position 0 has no prediction and never counts. Returns [B] float32. Unmarked positions have no
-    influence, even when NaN. ValueError/TypeError on wrong shapes or mask dtype.
-    """
-    return sequence_logprob_from_hidden(logits, tokens, mask, _identity, chunk_size=chunk_size)
-
-
-def sequence_logprob_from_hidden(
-    hidden: Tensor,
-    tokens: Tensor,
-    mask: Tensor,
-    project: Callable[[Tensor], Tensor],
-    *,
-    chunk_size: int = 256,
-) -> Tensor:
-    """`sequence_logprob` of project(hidden), projecting only the positions that count.
-
-    hidden [B, T, C] final hidden states; project: [m, C] → [m, V]; tokens, mask, result and
-    errors as for `sequence_logprob`.
-    """
-    if hidden.ndim != 3 or tokens.shape != hidden.shape[:2] or mask.shape != hidden.shape[:2]:
-        raise ValueError(
-            f"tokens, mask: expected [B, T] for hidden or logits [B, T, ...] of shape "
-            f"{tuple(hidden.shape)}, got {tuple(tokens.shape)} and {tuple(mask.shape)}"
-        )
-    if mask.dtype != torch.bool:
-        raise TypeError(f"mask: expected dtype torch.bool, got {mask.dtype}")
-    counts = mask[:, 1:]
-    values = token_logprob_from_hidden(
-        hidden[:, :-1][counts], tokens[:, 1:][counts], project, chunk_size=chunk_size
-    )
-    grid = values.new_zeros(counts.shape)
-    return grid.masked_scatter(counts, values).sum(dim=1)
-
-
-def _identity(x: Tensor) -> Tensor:
-    return x
 
 
 def _mean_nll(margin: Tensor, mask: Tensor | None) -> Tensor:

@@ -153,17 +153,21 @@ class PolicyObjective(nn.Module):
         rows = target_rows.cpu()[mask]
         users = mask.nonzero()[:, 0]
         chosen, rejected = options.chosen[rows], options.rejected[rows]
-        wanted = torch.cat([chosen, rejected])
-        texts = [options.tokens[i] for i in wanted.tolist()]
-        reference = options.reference[wanted]
+        references = [options.reference[chosen], options.reference[rejected]]
+        texts = []
+        for one, other in zip(chosen.tolist(), rejected.tolist(), strict=True):
+            prompt, answer = options.tokens[one]
+            texts.append((prompt, [answer, options.tokens[other][1]]))
+            if with_loops:
+                texts[-1][1].append(options.loops[one][1])
         if with_loops:
-            texts += [options.loops[i] for i in chosen.tolist()]
-            reference = torch.cat([reference, options.loop_reference[chosen]])
-        packed = PackedOptions.pack(texts, device)
-        owners = users.repeat(len(texts) // max(1, len(rows)))
-        slots = packed.per_token(owners.to(device)).to(torch.int32)
+            references.append(options.loop_reference[chosen])
+        packed = PackedOptions.pack_texts(texts, device)
+        slots = packed.per_token(users.to(device)).to(torch.int32)
         modulation = self.modulator.bind(generated, slots)
-        return answer_logprobs(decoder, packed, modulation), reference.to(device)
+        policy = answer_logprobs(decoder, packed, modulation)
+        by_kind = policy.view(len(rows), -1).t().flatten()
+        return by_kind, torch.cat(references).to(device)
 
 
 @dataclass(frozen=True)

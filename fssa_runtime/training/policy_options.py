@@ -24,7 +24,7 @@ from ..models.decoder import Decoder
 from ..models.language_model import Content, LanguageModel
 from ..models.packed import PackedOptions, batches_by_tokens
 from .data import PreferenceData
-from .losses import token_logprob_from_hidden
+from .logprobs import token_logprob
 
 MAX_BATCH_TOKENS = 4096
 MAX_LOOP_SPAN = 12
@@ -57,9 +57,9 @@ def answer_logprobs(
 
 
 def _answer_logprobs(decoder: Decoder, packed: PackedOptions, hidden: torch.Tensor) -> torch.Tensor:
-    index, owner = packed.answer_index()
-    values = token_logprob_from_hidden(hidden[index - 1], packed.tokens[index], decoder.logits)
-    return values.new_zeros(len(packed.lengths)).index_add(0, owner, values)
+    index, before, owner = packed.answer_index()
+    values = token_logprob(hidden[before], packed.tokens[index], decoder.logits)
+    return values.new_zeros(len(packed.answer_lengths)).index_add(0, owner, values)
 
 
 def prepare_options(

@@ -99,6 +99,38 @@ def check_as_good_as_torch(op, inputs, backend):
             assert error <= 2 * torch_error + luck
 
 
+def linear_gradient_inputs(inputs, needs=(True,) * 6):
+    """Arguments of `modulated_linear_bwd`, but for the backend, of a call's inputs."""
+    columns = inputs["weight"].shape[0]
+    dy = torch.randn(inputs["x"].shape[0], columns, generator=torch.Generator().manual_seed(1))
+    splits = inputs["splits"] or [columns]
+    names = ("x", "weight", "lora_a", "lora_b", "rows", "slots")
+    tensors = [inputs.get(name) for name in names]
+    if inputs["family"] == "static":
+        tensors[-1] = None
+    has = (True, True, True, *(tensor is not None for tensor in tensors[2:5]))
+    needs = [need and present for need, present in zip(needs, has, strict=True)]
+    return [dy.to(inputs["x"].dtype), *tensors, inputs["family"], splits, needs]
+
+
+def exact_gradients(op, inputs):
+    """What an op of gradients should return, in fp64."""
+    wide = [t.double() if torch.is_tensor(t) and t.is_floating_point() else t for t in inputs]
+    return op(*wide, "reference")
+
+
+def check_gradients(op, inputs, backend):
+    """`check_as_good_as_torch` for an op of gradients."""
+    got, plain = op(*inputs, backend), op(*inputs, "reference")
+    for ours, torchs, right in zip(got, plain, exact_gradients(op, inputs), strict=True):
+        assert ours.dtype == torchs.dtype
+        assert ours.shape == right.shape
+        if ours.numel():
+            error, allowed = ((t - right).abs().max() for t in (ours, torchs))
+            luck = FLOOR[ours.dtype] * right.abs().max().clamp(min=1)
+            assert error <= 2 * allowed + luck
+
+
 def bits(tensor):
     return tensor.contiguous().view({2: torch.int16, 4: torch.int32}[tensor.element_size()])
 

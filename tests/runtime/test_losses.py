@@ -1,4 +1,4 @@
-"""Losses and log-probabilities against values worked out by hand."""
+"""Losses against values worked out by hand."""
 
 import math
 
@@ -14,9 +14,6 @@ from fssa_runtime.training.losses import (
     luce_log_probs,
     marginal_choice_loss,
     predictive_choice_loss,
-    sequence_logprob,
-    sequence_logprob_from_hidden,
-    token_logprob,
 )
 
 NAN = float("nan")
@@ -135,100 +132,7 @@ def test_dpo_loss_is_ln2_at_the_reference():
     assert loss.item() == pytest.approx(math.log(2), rel=1e-6)
 
 
-# Three tokens. After "a" the model gives (½, ¼, ¼), after "b" (⅛, ⅛, ¾), after "c" thirds.
-TABLE = torch.tensor([[0.5, 0.25, 0.25], [0.125, 0.125, 0.75], [1 / 3, 1 / 3, 1 / 3]])
-
-
-def hand_case(dtype=torch.float32):
-    """Row 0: prompt "a b", response "c a". Row 1: prompt "b", response "c", then padding."""
-    tokens = torch.tensor([[0, 1, 2, 0], [1, 2, 0, 0]])
-    mask = torch.tensor([[False, False, True, True], [False, True, False, False]])
-    # Unnormalised on purpose: the softmax must be taken here.
-    logits = (TABLE.log() + 5.0)[tokens].to(dtype)
-    logits[1, 1:] = NAN
-    expected = torch.tensor([math.log(0.75 / 3), math.log(0.75)])
-    return logits, tokens, mask, expected
-
-
-@pytest.mark.parametrize("chunk_size", [1, 2, 100])
-def test_only_response_tokens_count(chunk_size):
-    logits, tokens, mask, expected = hand_case()
-    got = sequence_logprob(logits, tokens, mask, chunk_size=chunk_size)
-    assert got.dtype == torch.float32
-    torch.testing.assert_close(got, expected)
-
-
-def test_first_position_never_counts():
-    logits, tokens, mask, expected = hand_case()
-    mask[:, 0] = True
-    torch.testing.assert_close(sequence_logprob(logits, tokens, mask), expected)
-
-
-def test_no_response_token_gives_zero():
-    logits, tokens, mask, _ = hand_case()
-    assert sequence_logprob(logits, tokens, torch.zeros_like(mask)).tolist() == [0.0, 0.0]
-
-
-def test_bfloat16_logits_are_reduced_in_float32():
-    logits = torch.randn(50, 1000, generator=torch.Generator().manual_seed(0)).bfloat16()
-    tokens = torch.arange(50)
-    expected = torch.log_softmax(logits.double(), -1)[torch.arange(50), tokens]
-    torch.testing.assert_close(
-        token_logprob(logits, tokens, chunk_size=7).double(), expected, rtol=1e-6, atol=1e-6
-    )
-
-
-@pytest.mark.parametrize("chunk_size", [2, 64])
-def test_hidden_states_give_the_same_values_and_gradients(chunk_size):
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(3, 6, 4, generator=generator, dtype=torch.float64)
-    weight = torch.randn(11, 4, generator=generator, dtype=torch.float64)
-    tokens = torch.randint(0, 11, (3, 6), generator=generator)
-    mask = torch.rand(3, 6, generator=generator) < 0.6
-    results = []
-    for chunked in (True, False):
-        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        if chunked:
-            out = sequence_logprob_from_hidden(
-                h, tokens, mask, lambda rows, w=w: rows @ w.T, chunk_size=chunk_size
-            )
-        else:
-            logprob = torch.log_softmax((h @ w.T).float(), -1)
-            picked = logprob[:, :-1].gather(-1, tokens[:, 1:, None])[..., 0]
-            out = (picked * mask[:, 1:]).sum(1)
-        (out * torch.tensor([1.0, -2.0, 0.5])).sum().backward()
-        results.append((out.detach(), h.grad, w.grad))
-    for got, expected in zip(*results, strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
-
-
-def test_logits_never_exist_for_more_than_a_chunk():
-    rows_seen = []
-
-    def project(rows):
-        rows_seen.append(len(rows))
-        return rows
-
-    hidden = torch.zeros(2, 50, 8, requires_grad=True)
-    tokens, mask = torch.zeros(2, 50, dtype=torch.long), torch.ones(2, 50, dtype=torch.bool)
-    mask[:, :40] = False
-    sequence_logprob_from_hidden(hidden, tokens, mask, project, chunk_size=8).sum().backward()
-    forward = rows_seen[:3]
-    assert forward == [8, 8, 4], "prompt positions must not be projected at all"
-    assert max(rows_seen) == 8
-    assert sum(rows_seen) == 40, "once forward, once recomputed"
-
-
 def test_bad_arguments_are_named():
-    logits, tokens, mask, _ = hand_case()
-    with pytest.raises(TypeError, match="mask: expected dtype"):
-        sequence_logprob(logits, tokens, mask.int())
-    with pytest.raises(ValueError, match="tokens, mask: expected"):
-        sequence_logprob(logits, tokens[:, :2], mask)
-    with pytest.raises(ValueError, match="tokens: expected one for each row"):
-        token_logprob(logits[0], tokens[0, :2])
-    with pytest.raises(ValueError, match="chunk_size"):
-        sequence_logprob(logits, tokens, mask, chunk_size=0)
     with pytest.raises(ValueError, match="mask: expected"):
         luce_log_probs(torch.zeros(2), torch.zeros(2), torch.ones(3, dtype=torch.bool))
     with pytest.raises(ValueError, match="reward_rejected: expected"):

@@ -7,24 +7,16 @@ from fssa_kernels.gpu.segments import Segments, sum_by_slot
 from fssa_kernels.ops.modulated_linear.gradient import OP_BWD as LINEAR_BWD
 from fssa_kernels.ops.residual_film_rms_norm.gradient import OP_BWD as NORM_BWD
 from fssa_kernels.testing import cases
-from tests.kernels.accuracy import FLOOR, make, same_bits
+from tests.kernels.accuracy import (
+    check_gradients,
+    linear_gradient_inputs,
+    make,
+    same_bits,
+)
 
 LINEARS = [c for c in cases("modulated_linear") if not c.name.startswith("factors")]
 NORMS = [c for c in cases("residual_film_rms_norm") if c.differentiable]
 DTYPES = [torch.float32, torch.bfloat16]
-
-
-def linear_inputs(inputs, needs=(True,) * 6):
-    columns = inputs["weight"].shape[0]
-    dy = torch.randn(inputs["x"].shape[0], columns, generator=torch.Generator().manual_seed(1))
-    splits = inputs["splits"] or [columns]
-    names = ("x", "weight", "lora_a", "lora_b", "rows", "slots")
-    tensors = [inputs.get(name) for name in names]
-    if inputs["family"] == "static":
-        tensors[-1] = None
-    has = (True, True, True, *(tensor is not None for tensor in tensors[2:5]))
-    needs = [need and present for need, present in zip(needs, has, strict=True)]
-    return [dy.to(inputs["x"].dtype), *tensors, inputs["family"], splits, needs]
 
 
 def norm_inputs(inputs):
@@ -37,27 +29,10 @@ def norm_inputs(inputs):
     return [dnormed, dh, h, *tensors, *options, [True, True, tensors[3] is not None]]
 
 
-def wider(value):
-    return value.double() if torch.is_tensor(value) and value.is_floating_point() else value
-
-
-def check(op, inputs):
-    got = op(*inputs, "triton")
-    plain = op(*inputs, "reference")
-    exact = op(*map(wider, inputs), "reference")
-    for ours, torchs, right in zip(got, plain, exact, strict=True):
-        assert ours.dtype == torchs.dtype
-        assert ours.shape == right.shape
-        if ours.numel():
-            error, allowed = ((t - right).abs().max() for t in (ours, torchs))
-            luck = FLOOR[ours.dtype] * right.abs().max().clamp(min=1)
-            assert error <= 2 * allowed + luck
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", LINEARS, ids=str)
 def test_linear(case, dtype):
-    check(LINEAR_BWD, linear_inputs(case.inputs(dtype)))
+    check_gradients(LINEAR_BWD, linear_gradient_inputs(case.inputs(dtype)), "triton")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -73,23 +48,23 @@ def test_linear_over_several_tiles(family, dtype):
         rank=18,
         num_users=7,
     )
-    check(LINEAR_BWD, linear_inputs(inputs))
+    check_gradients(LINEAR_BWD, linear_gradient_inputs(inputs), "triton")
 
 
 @pytest.mark.parametrize("needed", range(6))
 @pytest.mark.parametrize("family", ["gated", "core"])
 def test_each_gradient_alone_is_the_one_of_all_together(family, needed):
     inputs = make("modulated_linear", torch.float32, family=family, bias=True, splits=(20, 9))
-    every = LINEAR_BWD(*linear_inputs(inputs), "triton")
+    every = LINEAR_BWD(*linear_gradient_inputs(inputs), "triton")
     needs = [index == needed for index in range(6)]
-    alone = LINEAR_BWD(*linear_inputs(inputs, needs), "triton")
+    alone = LINEAR_BWD(*linear_gradient_inputs(inputs, needs), "triton")
     assert same_bits(alone, [every[needed]])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", NORMS, ids=str)
 def test_norm(case, dtype):
-    check(NORM_BWD, norm_inputs(case.inputs(dtype)))
+    check_gradients(NORM_BWD, norm_inputs(case.inputs(dtype)), "triton")
 
 
 def test_sums_of_users_leave_out_slots_that_are_nobody_s():

@@ -24,6 +24,11 @@ from fssa_kernels.ops.modulated_linear.native_impl import (
     modulated_linear_native,
 )
 from fssa_kernels.ops.modulated_linear.reference import apply_epilogue, modulated_linear_ref
+from fssa_kernels.ops.modulated_linear.vendor_impl import (
+    avoid_vendor,
+    cannot_vendor,
+    modulated_linear_vendor,
+)
 from fssa_kernels.packed import PackedMatrix
 from fssa_kernels.registration import Op, needs_grad
 
@@ -73,8 +78,10 @@ def modulated_linear(
         splits: sizes of the stacked projections, sum N; None means one projection.
         epilogue: "silu_mul" or "gelu_tanh_mul" need two projections of equal size and return
             act(y[:, :N/2]) * y[:, N/2:]; "gelu_tanh_mul" is the tanh approximation of GELU.
-        backend: "auto", "native", "triton", "cuda" or "reference"; "auto" does not take "cuda",
-            whose speed has not been measured.
+        backend: "auto", "native", "triton", "cuda", "vendor" or "reference"; "auto" does not take
+            "cuda", whose speed has not been measured. "vendor" (bf16 on a CPU, weights that are
+            not packed) takes the low-rank term's products in bf16, sums in fp32; its gradients
+            are rounded to bf16 before they take their input's dtype.
 
     Returns y [T,N] in x.dtype ([T,N/2] with an epilogue). Differentiable in x, weight, bias,
     lora_a, lora_b and rows, each gradient in its input's dtype, computed only where needed. Under
@@ -233,6 +240,7 @@ _OP = Op(
         Backend("native", modulated_linear_native, cannot_native, avoid_native, records=True),
         triton_backend("fssa_kernels.ops.modulated_linear.triton_impl", "modulated_linear_triton"),
         cuda_backend("fssa_kernels.ops.modulated_linear.cuda_impl", "modulated_linear_cuda"),
+        Backend("vendor", modulated_linear_vendor, cannot_vendor, avoid_vendor),
         Backend("reference", modulated_linear_ref),
     ),
     fake=_fake,

@@ -17,7 +17,14 @@ from torch import Tensor
 
 from fssa_kernels.dispatch import Backend
 from fssa_kernels.gpu.backend import triton_backend
-from fssa_kernels.ops.modulated_linear.reference import modulate, modulate_bwd, widen
+from fssa_kernels.ops.modulated_linear.reference import (
+    modulate,
+    modulate_bwd,
+    rows_bwd,
+    wide,
+    widen,
+)
+from fssa_kernels.ops.modulated_linear.vendor_impl import avoid_vendor, no_products
 from fssa_kernels.registration import Op
 
 
@@ -38,6 +45,33 @@ def modulated_linear_bwd_ref(
     dy: [T,N] (there is no epilogue here). `needs` says which of the six are wanted. weight is read
     for dx, lora_a and lora_b for all but dW and db, x for all but dx and db.
     """
+    inputs = (dy, x, weight, lora_a, lora_b, rows, slots, family, splits, needs)
+    return _all_bwd(wide(dy.dtype), *inputs)
+
+
+def _bwd_vendor(dy: Tensor, *inputs: Any) -> list[Tensor]:
+    """The same where `vendor_impl` computes the forward."""
+    return _all_bwd(dy.dtype, dy, *inputs)
+
+
+def _cannot_vendor_bwd(dy: Tensor, *inputs: Any) -> str | None:
+    return no_products(dy, inputs[6])
+
+
+def _all_bwd(
+    products: torch.dtype,
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    rows: Tensor | None,
+    slots: Tensor | None,
+    family: str,
+    splits: Sequence[int],
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """`modulated_linear_bwd_ref`, the low-rank term's products taken in the dtype `products`."""
     need_x, need_weight, need_bias, *need_side = needs
     dx = dweight = dbias = da = db = drows = None
     if need_x:
@@ -52,9 +86,11 @@ def modulated_linear_bwd_ref(
         low_needs = (need_x, *need_side)
         if family == "factors":
             assert slots is not None
-            low = _factors_bwd(dy, x, lora_a, lora_b, slots, splits, low_needs)
+            low = _factors_bwd(dy, x, lora_a, lora_b, slots, splits, low_needs, products)
         else:
-            low = _shared_bwd(dy, x, lora_a, lora_b, rows, slots, family, splits, low_needs)
+            low = _shared_bwd(
+                dy, x, lora_a, lora_b, rows, slots, family, splits, low_needs, products
+            )
         dx_low, da, db, drows = low
         if dx is not None and dx_low is not None:
             dx += dx_low
@@ -71,46 +107,42 @@ def _shared_bwd(
     family: str,
     splits: Sequence[int],
     needs: Sequence[bool],
+    products: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """(dx of the low-rank term, dA, dB, drows) where all rows share A and B.
 
-    `needs` says which of the four are wanted; x is only read for the last three.
+    `needs` says which of the four are wanted; x is only read for the last three. Matrices meet in
+    the dtype `products`; what each user does between them is in fp32, or fp64.
     """
     need_x, need_a, need_b, need_rows = needs
-    dy_parts = widen(dy).split(splits, 1)
-    a, b_parts = widen(lora_a), widen(lora_b).split(splits)
-    u = widen(x) @ a.t() if x is not None and (need_b or need_rows) else None
+    dy_parts = dy.to(products).split(splits, 1)
+    a, b_parts = lora_a.to(products), lora_b.to(products).split(splits)
+    narrow = None if x is None else x.to(products)
+    u = widen(narrow @ a.t()) if narrow is not None and (need_b or need_rows) else None
     dx = da = db = drows = None
     if need_b:
         assert u is not None
-        u_parts = modulate(u, rows, slots, family).split(lora_b.shape[1], 1)
-        parts = [dy_s.t() @ u_s for dy_s, u_s in zip(dy_parts, u_parts, strict=True)]
+        mixed = modulate(u, rows, slots, family).to(products)
+        u_parts = mixed.split(lora_b.shape[1], 1)
+        # u'^T dy, not dy^T u': the wide one of the two is read along its rows.
+        parts = [(u_s.t() @ dy_s).t() for dy_s, u_s in zip(dy_parts, u_parts, strict=True)]
         db = torch.cat(parts).to(lora_b.dtype)
     if need_x or need_a or need_rows:
         du = torch.cat([dy_s @ b_s for dy_s, b_s in zip(dy_parts, b_parts, strict=True)], 1)
+        du = widen(du)
         if need_rows:
             assert rows is not None
             assert slots is not None
             assert u is not None
-            drows = _rows_bwd(du, u, rows, slots)
+            drows = rows_bwd(du, u, rows, slots)
         if need_x or need_a:
-            du = modulate_bwd(du, rows, slots)
+            du = modulate_bwd(du, rows, slots).to(products)
         if need_a:
-            assert x is not None
-            da = (du.t() @ widen(x)).to(lora_a.dtype)
+            assert narrow is not None
+            da = (du.t() @ narrow).to(lora_a.dtype)
         if need_x:
             dx = du @ a
     return dx, da, db, drows
-
-
-def _rows_bwd(du: Tensor, u: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
-    """Sum over the tokens of each slot of du' * u (gated) or du' u^T (core)."""
-    if rows.dim() == 2:
-        per_token = du * u
-    else:
-        shape = (du.shape[0], *rows.shape[1:3])
-        per_token = du.reshape(shape).unsqueeze(3) * u.reshape(shape).unsqueeze(2)
-    return per_token.new_zeros(rows.shape).index_add_(0, slots, per_token).to(rows.dtype)
 
 
 def _factors_bwd(
@@ -121,6 +153,7 @@ def _factors_bwd(
     slots: Tensor,
     splits: Sequence[int],
     needs: Sequence[bool],
+    products: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """(dx of the low-rank term, dA, dB, None) where every slot has its own A and B."""
     need_x, need_a, need_b, _ = needs
@@ -132,7 +165,7 @@ def _factors_bwd(
         x_mine = None if x is None else x[mine]
         a, b = lora_a[slot], lora_b[slot]
         dx_mine, da, db, _ = _shared_bwd(
-            dy[mine], x_mine, a, b, None, None, "static", splits, needs
+            dy[mine], x_mine, a, b, None, None, "static", splits, needs, products
         )
         if dx is not None and dx_mine is not None:
             dx[mine] = dx_mine
@@ -214,6 +247,7 @@ OP_BWD = Op(
         triton_backend(
             "fssa_kernels.ops.modulated_linear.triton_bwd", "modulated_linear_bwd_triton"
         ),
+        Backend("vendor", _bwd_vendor, _cannot_vendor_bwd, avoid_vendor),
         Backend("reference", modulated_linear_bwd_ref),
     ),
     fake=_fake_bwd,

@@ -35,9 +35,29 @@ def modulated_linear_ref(
             assert slots is not None
             _add_factors(y, x, lora_a, lora_b, slots, splits)
         else:
-            u = modulate(F.linear(widen(x), widen(lora_a)), rows, slots, family)
-            _add_low_rank(y, u, widen(lora_b), splits)
+            add_shared(y, x, lora_a, lora_b, rows, slots, family, splits, wide(x.dtype))
     return apply_epilogue(y, epilogue)
+
+
+def add_shared(
+    y: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    rows: Tensor | None,
+    slots: Tensor | None,
+    family: str,
+    splits: Sequence[int],
+    products: torch.dtype,
+) -> None:
+    """Add the low-rank term whose A and B all rows share to y, in place.
+
+    Its two products are taken in the dtype `products`; what each user does to u between them is
+    not: it is in fp32, or fp64.
+    """
+    u = widen(F.linear(x.to(products), lora_a.to(products)))
+    u = modulate(u, rows, slots, family).to(products)
+    _add_low_rank(y, u, lora_b.to(products), splits)
 
 
 def modulate(u: Tensor, rows: Tensor | None, slots: Tensor | None, family: str) -> Tensor:
@@ -94,6 +114,21 @@ def apply_epilogue(y: Tensor, epilogue: str) -> Tensor:
     return act * up
 
 
+def rows_bwd(du: Tensor, u: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
+    """Sum over the tokens of each slot of du' * u (gated) or du' u^T (core)."""
+    if rows.dim() == 2:
+        per_token = du * u
+    else:
+        shape = (du.shape[0], *rows.shape[1:3])
+        per_token = du.reshape(shape).unsqueeze(3) * u.reshape(shape).unsqueeze(2)
+    return per_token.new_zeros(rows.shape).index_add_(0, slots, per_token).to(rows.dtype)
+
+
 def widen(t: Tensor) -> Tensor:
     """t in the dtype the low-rank term is computed in: fp64 stays, everything else is fp32."""
-    return t if t.dtype == torch.float64 else t.float()
+    return t.to(wide(t.dtype))
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that `widen` widens to."""
+    return dtype if dtype == torch.float64 else torch.float32
