@@ -1,8 +1,9 @@
 """The modulated linear by the vendor's matrix products in x.dtype: many rows of bf16 on a CPU.
 
 The reference takes the low-rank term's products in fp32, and training spends much of its time on
-them: thin products of matrices that have to be widened first. Here x, A, B and dy meet as bf16, summed in fp32 inside
-a product; u and du are rounded between products, and what a user does to them stays in fp32.
+them: thin products of matrices that have to be widened first. Here x, A, B and dy meet as bf16,
+summed in fp32 inside a product; u and du are rounded between products, and what a user does to
+them stays in fp32.
 """
 
 from collections.abc import Sequence
