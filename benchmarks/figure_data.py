@@ -203,6 +203,8 @@ class _QuestionsMean(Part):
 class Questions(Part):
     """Written by `python -m benchmarks.questions`."""
 
+    task: str
+    ceiling: float
     share_of_ceiling: float
     pool: int
     mean: _QuestionsMean

@@ -45,7 +45,6 @@ from benchmarks.figure_style import (
     to_svg,
 )
 from benchmarks.policies import EVERYBODY
-from benchmarks.questions import CEILING
 from fssa_runtime.errors import InputError
 from fssa_runtime.files import write_atomically
 from fssa_runtime.training.synthetic import Population
@@ -142,8 +141,8 @@ def draw_questions(result: Questions) -> Figure:
     figure, (axes,) = panels(1, 1)
     ways = {"chosen questions": "active", "random questions": "random"}
     start = result.mean.accuracy.random[0].mean
-    wanted = 100 * (start + result.share_of_ceiling * (CEILING - start))
-    share = f"{100 * result.share_of_ceiling:.0f} % of the way to no error"
+    wanted = 100 * (start + result.share_of_ceiling * (result.ceiling - start))
+    share = f"{100 * result.share_of_ceiling:.0f} % of the way to {100 * result.ceiling:.1f} %"
     axes.axhline(wanted, color=LEVEL, lw=1.0, label=share)
     for (label, way), look in zip(ways.items(), looks(ways).values(), strict=True):
         values = getattr(result.mean.accuracy, way)
@@ -228,6 +227,7 @@ FIGURES = {
     "people_swissmetro": Drawing(People, draw_people, "Choices of new travellers"),
     "people_electricity": Drawing(People, draw_people, "Choices of new households"),
     "questions": Drawing(Questions, draw_questions, "Chosen and random questions"),
+    "questions_text": Drawing(Questions, draw_questions, "Chosen and random questions on text"),
     "policies": Drawing(Policies, draw_policies, "Policies between floor and ceiling"),
     "swap_test": Drawing(SwapTest, draw_swap_test, "The swap test"),
     "text_study_swap_test": Drawing(SwapTest, draw_swap_test, "The swap test of the text study"),

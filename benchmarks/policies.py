@@ -7,7 +7,8 @@ for everybody is the floor, a DPO policy dedicated to each kind the ceiling, and
 the prompt what costs no training. Between them stands NP-DPO, conditioned on n choices of people
 and for prompts it never met, with the families of modulation at about equal numbers a user, and
 FiLM on every block, as in the paper. A run that is finished in the folder of runs, by the same
-recipe, is read and not repeated, so this goes on where it was stopped.
+recipe, is read and not repeated, one that was cut off goes on from its last checkpoint. What is not
+trained yet is left out of the comparison, which needs the floor and the ceilings.
 """
 
 from __future__ import annotations
@@ -16,26 +17,25 @@ import argparse
 import json
 import statistics
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.text_population import ROOT, make_choices
 from fssa_runtime.conditioning.layout import RowLayout
 from fssa_runtime.errors import InputError
 from fssa_runtime.files import write_atomically
 from fssa_runtime.models.language_model import LanguageModel
 from fssa_runtime.threads import set_threads
-from fssa_runtime.training.commands import choices_command, train_reward_command
+from fssa_runtime.training.commands import train_reward_command
 from fssa_runtime.training.policy import METRICS_FILE, train_policy
 from fssa_runtime.training.policy_recipe import PolicyConfig
 from fssa_runtime.training.reward import METRICS_FILE as REWARD_METRICS
 from fssa_runtime.training.trainer import load_config
 
-ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "recipes" / "text_study"
-ANSWERS = ROOT / "recipes" / "smollm2_135m" / "answers.jsonl"
 RUNS = Path("runs") / "text_study"
+STARTED_FILE = "recipe.json"
 
 KINDS = ("length+", "length-", "lists+", "lists-")
 EVERYBODY, PROMPT = "DPO, everybody", "choices in the prompt"
@@ -72,34 +72,34 @@ def variants(recipe: PolicyConfig) -> dict[str, PolicyConfig]:
     return {name: PolicyConfig.model_validate(base | changes) for name, changes in made.items()}
 
 
-def finished(config: PolicyConfig, folder: Path, seed: int) -> tuple[PolicyConfig, dict | None]:
-    """The recipe with its folder and seed, and the metrics of a run by it that is there already."""
-    here = {"output_dir": folder, "resume": False, "overwrite": True}
-    train = config.train.model_copy(update=here | {"seed": seed})
-    wanted = config.model_copy(update={"train": train})
-    if not (folder / METRICS_FILE).is_file():
-        return wanted, None
-    metrics = json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))
-    recorded = PolicyConfig.model_validate(metrics["recipe"])
-    recorded = recorded.model_copy(update={"train": recorded.train.model_copy(update=here)})
-    return wanted, metrics if recorded == wanted else None
+def planned(config: PolicyConfig, folder: Path, seed: int) -> tuple[PolicyConfig, dict | None]:
+    """The recipe with its folder and seed, and the metrics of a run by it that is finished there.
 
-
-def make_choices() -> None:
-    """The population's choices, into the folder of runs.
-
-    Raises:
-        InputError: others lie there, and what was trained on them.
+    A run by it that was cut off is to be resumed, one by another recipe to be overwritten.
     """
-    wanted = RUNS / "preferences.jsonl.gz"
-    with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder) / wanted.name
-        choices_command(ANSWERS, RECIPES / "population.yaml", made)
-        content = made.read_bytes()
-    if wanted.is_file() and wanted.read_bytes() != content:
-        raise InputError(f"{RUNS}: its choices are another population's; move the folder away")
-    RUNS.mkdir(parents=True, exist_ok=True)
-    write_atomically(wanted, content)
+    here = {"output_dir": folder, "resume": False, "overwrite": True}
+    wanted = _with_train(config, here | {"seed": seed})
+    if (folder / METRICS_FILE).is_file():
+        metrics = json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))
+        if _with_train(PolicyConfig.model_validate(metrics["recipe"]), here) == wanted:
+            return wanted, metrics
+    if (folder / STARTED_FILE).is_file():
+        started = PolicyConfig.model_validate_json((folder / STARTED_FILE).read_bytes())
+        if _with_train(started, here) == wanted:
+            return _with_train(wanted, {"resume": True, "overwrite": False}), None
+    return wanted, None
+
+
+def train(config: PolicyConfig, model: LanguageModel) -> dict[str, Any]:
+    """Metrics of what is trained by a `planned` recipe, which the folder remembers from now on."""
+    folder = config.train.output_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / STARTED_FILE, config.model_dump_json(indent=1).encode())
+    return train_policy(config, model).metrics
+
+
+def _with_train(config: PolicyConfig, settings: Mapping[str, Any]) -> PolicyConfig:
+    return config.model_copy(update={"train": config.train.model_copy(update=settings)})
 
 
 def closed(runs: Mapping[str, Mapping[str, Any]], name: str, n: str) -> dict[str, Any]:
@@ -141,7 +141,11 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--seeds", default="0", help="comma-separated (default: 0)")
-    parser.add_argument("--only", action="append", help="train this one, by name, and stop there")
+    parser.add_argument(
+        "--only",
+        action="append",
+        help="train no other than this one, by name (several may be given)",
+    )
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--json", type=Path, help="where the result goes")
     options = parser.parse_args()
@@ -152,7 +156,7 @@ def main() -> int:
         parser.error(f"--only: expected some of {', '.join(every)}, got {', '.join(unknown)}")
     set_threads(options.threads)
     try:
-        make_choices()
+        make_choices(RECIPES, RUNS)
     except InputError as error:
         parser.error(str(error))
     if not (RUNS / "reward" / REWARD_METRICS).is_file():
@@ -164,10 +168,10 @@ def main() -> int:
         runs: dict[str, Any] = {}
         for name, config in every.items():
             folder = RUNS / f"{name.replace(', ', '_').replace(' ', '_')}_seed{seed}"
-            wanted, metrics = finished(config, folder, seed)
+            wanted, metrics = planned(config, folder, seed)
             if metrics is None and (options.only is None or name in options.only):
                 print(f"{name}, seed {seed}", flush=True)
-                metrics = train_policy(wanted, model).metrics
+                metrics = train(wanted, model)
             if metrics is not None:
                 runs[name] = metrics["heldout"] | {"train_seconds": metrics["train_seconds"]}
                 accuracies = {n: e["accuracy"] for n, e in metrics["heldout"]["contexts"].items()}
@@ -175,9 +179,13 @@ def main() -> int:
             if config.method == "np-dpo" and config.modulator is not None:
                 sizes[name] = RowLayout(config.modulator, model.decoder.config).generated_width
         by_seed.append(runs)
-    if any(runs.keys() != every.keys() for runs in by_seed):
-        print("not everything is trained: nothing is compared")
+    missing = [name for name in every if any(name not in runs for runs in by_seed)]
+    if missing:
+        print(f"not trained yet: {'; '.join(missing)}")
+    if {EVERYBODY, *(f"DPO, {kind}" for kind in KINDS)} & set(missing):
+        print("nothing is compared: floor and ceiling are needed")
         return 0 if options.only else 1
+    by_seed = [{name: runs[name] for name in every if name not in missing} for runs in by_seed]
     result = {
         "seeds": options.seeds,
         "numbers_a_user": sizes,

@@ -1,12 +1,14 @@
-"""Active questions against random ones on the synthetic task: choices needed for the same accuracy.
+"""Questions that are chosen against random ones: choices needed for the same accuracy.
 
-    python -m benchmarks.questions --json benchmarks/results/cpu/questions.json
+    python -m benchmarks.questions synthetic --json benchmarks/results/cpu/questions.json
+    python -m benchmarks.questions text --json benchmarks/results/cpu/questions_text.json
 
-The rewards are those of `python -m benchmarks.rewards synthetic`, trained first if they are not in
-the folder of runs. Every simulated user, equally many of both kinds, answers question after
-question; each is taken from a fresh pool of random pairs, the same pool for both ways of asking:
-the pair of largest expected information gain, or the first of the pool. After every answer the
-prediction of fresh pairs is measured.
+`synthetic`: the two kinds of people of `python -m benchmarks.rewards synthetic`. `text`: the four
+of `recipes/text_questions`, who are asked about answers to prompts that no training saw. Rewards
+are trained first if they are not in the folder of runs. Every simulated user, equally many of every
+kind, answers question after question; each is taken from a fresh pool of random pairs, the same for
+both ways of asking: the pair of largest expected information gain, or the first of the pool. No
+user meets a pair twice. After every answer the prediction of other pairs is measured.
 """
 
 from __future__ import annotations
@@ -21,38 +23,42 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.rewards import ROOT, SYNTHETIC, folder_of, mean_and_error, trained
+from benchmarks.question_tasks import TASKS, Pairs, Task
+from benchmarks.rewards import ROOT, mean_and_error
 from fssa_runtime.conditioning.encoder import antithetic_noise
 from fssa_runtime.conditioning.questions import information_of_questions
-from fssa_runtime.training.reward import RewardModel, load_reward
-from fssa_runtime.training.synthetic import Population
+from fssa_runtime.training.reward import RewardModel
 
 # The way up from what is known of nobody in particular to what is known of a kind, of which the
 # share is to be reached.
 SHARE_OF_CEILING = 0.9
-CEILING = 1.0  # both kinds choose without noise
 ASKED_AT_ONCE = 50
+QUESTIONS = {"synthetic": 8, "text": 16}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.questions",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("task", choices=TASKS)
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated (default: 0,1,2)")
     parser.add_argument("--users", type=int, default=1000)
-    parser.add_argument("--questions", type=int, default=8)
+    parser.add_argument("--questions", type=int, help="for each user (default: 8, on text 16)")
     parser.add_argument("--pool", type=int, default=20, help="candidates for every question")
     parser.add_argument("--targets", type=int, default=40, help="pairs predicted after each answer")
     parser.add_argument("--samples", type=int, default=64, help="latents drawn from a posterior")
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "rewards")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs")
     parser.add_argument("--json", type=Path, help="where the result goes")
     arguments = parser.parse_args()
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
     runs = []
+    arguments.questions = arguments.questions or QUESTIONS[arguments.task]
     for seed in seeds:
-        file, data = SYNTHETIC["NP-BTL"]
-        trained(file, data, seed, arguments.runs)
-        model = load_reward(folder_of(file, data, seed, arguments.runs))
-        curves = {way: ask(model, way == "active", seed, arguments) for way in ("active", "random")}
-        needed = {way: choices_needed(curve) for way, curve in curves.items()}
+        task = TASKS[arguments.task].prepare(seed, arguments.runs)
+        curves = {way: ask(task, way == "active", seed, arguments) for way in ("active", "random")}
+        needed = {way: choices_needed(curve, task.ceiling) for way, curve in curves.items()}
         runs.append({"seed": seed, "accuracy": curves, "choices_needed": needed})
         print(json.dumps(runs[-1]), flush=True)
     ratios = [
@@ -62,6 +68,9 @@ def main() -> int:
         for run in runs
     ]
     result = {
+        "task": arguments.task,
+        "kinds": task.kinds,
+        "ceiling": task.ceiling,
         "users": arguments.users,
         "pool": arguments.pool,
         "targets": arguments.targets,
@@ -89,10 +98,10 @@ def main() -> int:
     return 0
 
 
-def choices_needed(accuracy: Sequence[float]) -> float | None:
+def choices_needed(accuracy: Sequence[float], ceiling: float) -> float | None:
     """Choices after which the share of the way to the ceiling is reached, linear between whole
     numbers; None if it never is."""
-    wanted = accuracy[0] + SHARE_OF_CEILING * (CEILING - accuracy[0])
+    wanted = accuracy[0] + SHARE_OF_CEILING * (ceiling - accuracy[0])
     for n in range(1, len(accuracy)):
         if accuracy[n] >= wanted:
             return n - (accuracy[n] - wanted) / (accuracy[n] - accuracy[n - 1])
@@ -100,12 +109,12 @@ def choices_needed(accuracy: Sequence[float]) -> float | None:
 
 
 @torch.no_grad()
-def ask(model: RewardModel, active: bool, seed: int, arguments: argparse.Namespace) -> list[float]:
-    """Accuracy on fresh pairs after 0, 1, 2, ... answers, the mean over all users."""
+def ask(task: Task, active: bool, seed: int, arguments: argparse.Namespace) -> list[float]:
+    """Accuracy on other pairs after 0, 1, 2, ... answers, the mean over all users."""
     totals = np.zeros(arguments.questions + 1)
-    assert model.config.encoder is not None
+    assert task.model.config.encoder is not None
     noise = antithetic_noise(
-        (model.config.encoder.latent_dim,),
+        (task.model.config.encoder.latent_dim,),
         arguments.samples,
         torch.Generator().manual_seed(0),
     )
@@ -113,53 +122,61 @@ def ask(model: RewardModel, active: bool, seed: int, arguments: argparse.Namespa
         count = min(ASKED_AT_ONCE, arguments.users - start)
         # Not the streams of training and evaluation.
         rng = np.random.default_rng((seed, 2, start))
-        kinds = torch.arange(start, start + count) % 2
-        context = torch.zeros(count, 0, 2, 1)
+        kinds = torch.arange(start, start + count) % len(task.kinds)
+        users = torch.arange(count)
+        context = torch.zeros(count, 0, 2, task.model.config.option_dim)
+        known = torch.zeros(count, 0, dtype=torch.long)
         for n in range(arguments.questions + 1):
-            totals[n] += accuracy(model, context, kinds, noise, rng, arguments.targets) * count
-            pool = pairs(rng, (count, arguments.pool))
-            asked = torch.zeros(count, dtype=torch.long)
+            targets = task.targets(rng, (count, arguments.targets))
+            totals[n] += accuracy(task.model, context, targets, kinds, noise) * count
+            pool = task.questions(rng, (count, arguments.pool))
+            new = ~((pool.number[..., None] == known[:, None]) & (pool.number >= 0)[..., None]).any(
+                2
+            )
+            worth = new.double()
             if active:
-                latent = model.encode(*as_choices(context))
+                latent = task.model.encode(*as_choices(context))
                 assert latent is not None
-                asked = information_of_questions(
-                    model, latent, pool[:, :, 0], pool[:, :, 1], num_samples=arguments.samples
-                ).argmax(dim=1)
-            answered = chosen_first(pool[torch.arange(count), asked][:, None], kinds)
-            context = torch.cat([context, answered], dim=1)
+                worth = information_of_questions(
+                    task.model,
+                    latent,
+                    pool.options[:, :, 0],
+                    pool.options[:, :, 1],
+                    num_samples=arguments.samples,
+                ).masked_fill(~new, -1.0)
+            question = pool.of(users, worth.argmax(dim=1))
+            answered = chosen_first(question, kinds, rng)
+            context = torch.cat([context, answered[:, None]], dim=1)
+            known = torch.cat([known, question.number[:, None]], dim=1)
     return list(totals / arguments.users)
 
 
 def accuracy(
-    model: RewardModel,
-    context: Tensor,
-    kinds: Tensor,
-    noise: Tensor,
-    rng: np.random.Generator,
-    num_targets: int,
+    model: RewardModel, context: Tensor, targets: Pairs, kinds: Tensor, noise: Tensor
 ) -> float:
-    targets = chosen_first(pairs(rng, (len(kinds), num_targets)), kinds)
-    names = ("chosen", "rejected", "mask")
+    """Probability that people of these kinds [U] choose what is predicted of them, the mean over
+    targets [U, m]."""
     batch = {
         f"{kind}_{name}": value
-        for kind, options in (("context", context), ("target", targets))
-        for name, value in zip(names, as_choices(options), strict=True)
+        for kind, options in (("context", context), ("target", targets.options))
+        for name, value in zip(("chosen", "rejected", "mask"), as_choices(options), strict=True)
     }
     p = model(batch, noise).log_probs.exp()
-    right = (p[..., 0] > p[..., 1]).double() + 0.5 * (p[..., 0] == p[..., 1])
-    return float(right.mean())
+    first = (p[..., 0] > p[..., 1]).double() + 0.5 * (p[..., 0] == p[..., 1])
+    chosen = of_kinds(targets.prefers_first, kinds)
+    return float((first * chosen + (1 - first) * (1 - chosen)).mean())
 
 
-def pairs(rng: np.random.Generator, shape: tuple[int, ...]) -> Tensor:
-    """Random pairs of options [*shape, 2, E]."""
-    return torch.from_numpy(Population().sample_options(rng, (*shape, 2)))
+def chosen_first(question: Pairs, kinds: Tensor, rng: np.random.Generator) -> Tensor:
+    """Pairs [U, 2, E] with the one in front that users of these kinds [U] chose."""
+    drawn = torch.from_numpy(rng.random(len(kinds)))
+    swap = drawn >= of_kinds(question.prefers_first, kinds)
+    return torch.where(swap[:, None, None], question.options.flip(1), question.options)
 
 
-def chosen_first(options: Tensor, kinds: Tensor) -> Tensor:
-    """Pairs [U, m, 2, E] with the one that each user prefers in front."""
-    rewards = Population().rewards(options)[torch.arange(len(kinds)), ..., kinds]
-    swap = (rewards[..., 1] > rewards[..., 0])[..., None, None]
-    return torch.where(swap, options.flip(2), options)
+def of_kinds(values: Tensor, kinds: Tensor) -> Tensor:
+    """Each user's own of the values of all kinds [U, ..., K]: [U, ...]."""
+    return values[torch.arange(len(kinds)), ..., kinds]
 
 
 def as_choices(options: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -215,21 +215,24 @@ def people() -> str:
 
 
 def questions() -> str:
-    """Accuracy after questions that were chosen, and after random ones."""
-    result = read("questions.json")
-    if result is None:
-        return NOT_MEASURED
-    mean = result["mean"]
+    """Accuracy after some questions that were chosen, and after random ones."""
+    counts = (0, 1, 2, 3, 4, 6, 8, 16)
     lines = [
-        "| answers | "
-        + " | ".join(map(str, range(len(mean["accuracy"]["active"]))))
-        + " | needed |",
-        "|---|" + "---|" * (len(mean["accuracy"]["active"]) + 1),
+        f"| answers | {' | '.join(map(str, counts))} | needed |",
+        "|---|" + "---|" * (len(counts) + 1),
     ]
-    for way, title in (("random", "random questions, %"), ("active", "chosen questions, %")):
-        cells = [_seeds(value, 100, 1) for value in mean["accuracy"][way]]
-        needed = _seeds(mean["choices_needed"][way], 1, 2)
-        lines.append(f"| {title} | {' | '.join(cells)} | {needed} |")
+    for file, task in (("questions.json", "synthetic"), ("questions_text.json", "text")):
+        result = read(file)
+        if result is None:
+            lines.append(f"| {task} | {NOT_MEASURED} |")
+            continue
+        mean, best = result["mean"], f"{100 * result['ceiling']:.1f}"
+        for way, title in (("random", "random questions"), ("active", "chosen questions")):
+            curve = mean["accuracy"][way]
+            cells = [_seeds(curve[n], 100, 1) if n < len(curve) else "" for n in counts]
+            needed = _seeds(mean["choices_needed"][way], 1, 2)
+            name = f"{task} (best {best}), {title}, %"
+            lines.append(f"| {name} | {' | '.join(cells)} | {needed} |")
     return "\n".join(lines)
 
 

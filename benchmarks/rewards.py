@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fssa_runtime.training.commands import option_reader, reading_progress
 from fssa_runtime.training.reward import METRICS_FILE, RewardConfig, train_reward
 from fssa_runtime.training.trainer import load_config
 
@@ -93,7 +94,17 @@ def trained(file: str, data: Mapping[str, Any], seed: int, runs: Path) -> dict[s
         metrics = json.loads(finished.read_text(encoding="utf-8"))
         if same_run(metrics["recipe"], config):
             return without_folder(metrics)
-    return without_folder(train_reward(config).metrics)
+    if config.options is None:
+        return without_folder(train_reward(config).metrics)
+    embed, read_by, base = option_reader(config.options)
+    result = train_reward(
+        config,
+        embed=embed,
+        embed_fingerprint=read_by,
+        base_fingerprint=base,
+        on_embedded=reading_progress(),
+    )
+    return without_folder(result.metrics)
 
 
 def same_run(recipe: Mapping[str, Any], config: RewardConfig) -> bool:

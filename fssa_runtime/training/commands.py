@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..conditioning.embedding import EmbeddingConfig, embed_options
+from ..env import process
 from ..errors import InputError
 from ..files import write_atomically
 from ..models.language_model import Content, LanguageModel
@@ -29,7 +30,7 @@ from .population import (
 )
 from .reward import Embed, RewardConfig, TextOptions, train_reward
 from .swap_test import SwapTestConfig, run_swap_test
-from .trainer import load_config
+from .trainer import load_config, training_device
 
 SAY_EVERY_S = 5.0
 
@@ -48,7 +49,7 @@ def train_reward_command(config_file: Path, *, resume: bool, overwrite: bool) ->
                 f"{config_file}: options: expected the base model that reads the text, got none"
             )
         try:
-            embed, fingerprint, base = _embedder(config.options)
+            embed, fingerprint, base = option_reader(config.options)
         except InputError as error:
             reason = str(error).removeprefix("--model ")
             raise InputError(f"{config_file}: options.model: {reason}") from error
@@ -57,8 +58,10 @@ def train_reward_command(config_file: Path, *, resume: bool, overwrite: bool) ->
         embed=embed,
         embed_fingerprint=fingerprint,
         base_fingerprint=base,
-        on_embedded=_say_now_and_then(),
+        on_embedded=reading_progress(),
     )
+    if not process().is_main:
+        return
     console = Console()
     for split, measured in result.metrics.items():
         if isinstance(measured, dict) and "contexts" in measured:
@@ -90,8 +93,13 @@ def train_policy_command(config_file: Path, *, resume: bool, overwrite: bool) ->
     """Train a conditioning by a recipe; print where it lies and its implicit reward's accuracy."""
     config = _with_switches(load_config(config_file, PolicyConfig), resume, overwrite)
     _need_files(config_file, config.data.files)
-    model = LanguageModel.load(config.model, dtype=config.dtype, show_progress=True)
+    device = training_device(config.train)
+    model = LanguageModel.load(
+        config.model, dtype=config.dtype, device=device, show_progress=process().is_main
+    )
     result = train_policy(config, model)
+    if not process().is_main:
+        return
     console = Console()
     table = Table(
         "choices",
@@ -182,7 +190,7 @@ def _need_files(config_file: Path, files: Sequence[Path]) -> None:
             raise InputError(f"{config_file}: data.files: expected a file, found none at {path}")
 
 
-def _embedder(options: TextOptions) -> tuple[Embed, str, str]:
+def option_reader(options: TextOptions) -> tuple[Embed, str, str]:
     """What turns options into vectors, a name for it that changes when the vectors would, and the
     fingerprint of the base model's weights."""
     model = LanguageModel.load(options.model, dtype=options.dtype, show_progress=True)
@@ -194,7 +202,7 @@ def _embedder(options: TextOptions) -> tuple[Embed, str, str]:
     return embed, f"{model.fingerprint}/{options.dtype}/{config.pooling}", model.fingerprint
 
 
-def _say_now_and_then() -> Callable[[int, int], None]:
+def reading_progress() -> Callable[[int, int], None]:
     """Tells how many options were read, a line every few seconds: in a terminal, file or pipe."""
     last = time.monotonic()
 

@@ -28,6 +28,7 @@ from torch import nn
 from ..conditioning.checkpoint import Conditioning
 from ..conditioning.encoder import EncoderConfig, EncoderSettings, Latent, PreferenceEncoder
 from ..conditioning.modulator import Modulator
+from ..env import process
 from ..errors import InputError
 from ..files import write_atomically
 from ..models.decoder import Decoder
@@ -173,7 +174,7 @@ class PolicyObjective(nn.Module):
 @dataclass(frozen=True)
 class PolicyResult:
     """A trained conditioning and what the run did (both None where nothing is trained), and what
-    was measured."""
+    was measured (by the main one of several processes, empty elsewhere)."""
 
     conditioning: Conditioning | None
     metrics: dict[str, Any]
@@ -239,6 +240,8 @@ def train_policy(config: PolicyConfig, model: LanguageModel) -> PolicyResult:
         encoder.eval(), modulator.eval(), config.embedding, config.model, model.fingerprint
     )
     conditioning.round_(getattr(torch, config.save_dtype))
+    if not process().is_main:
+        return PolicyResult(conditioning, {}, outcome)
     heldout = evaluate_policy(objective, data, split, config)
     metrics = _write_metrics(config, folder, heldout, outcome.seconds)
     conditioning.notes = {

@@ -19,6 +19,9 @@ from .evaluation import Batch, Scores
 from .losses import implicit_reward
 from .policy_options import MAX_BATCH_TOKENS, answer_logprobs
 
+# A prompt and two answers to it.
+Pair = tuple[Any, Content, Content]
+
 
 def prompt_with_choices(choices: Sequence[Preference], prompt: Content) -> list[dict[str, str]]:
     """Chat messages: what the user chose before, and the prompt; without choices it alone."""
@@ -43,40 +46,42 @@ def prompted_scores(
 ) -> Callable[[Batch], Scores]:
     """What `evaluation.evaluate` calls: the scores of a batch of `tasks.collate_rows`."""
     choices = data.preferences
-    plain: dict[tuple[Content, Content], float] = {}
+    plain: dict[str, float] = {}
 
     def score(batch: Batch) -> Scores:
         mask = batch["target_mask"].cpu()
         margins = torch.zeros(mask.shape, dtype=torch.float32)
-        asked: list[tuple[list[dict[str, str]], Content]] = []
-        unprompted: list[tuple[Content, Content]] = []
-        places: list[tuple[int, int]] = mask.nonzero().tolist()
-        for user, place in places:
+        asked: list[Pair] = []
+        unprompted: list[Pair] = []
+        for user, place in mask.nonzero().tolist():
             context = batch["context_rows"][user][batch["context_mask"][user]].tolist()
             target = choices[int(batch["target_rows"][user, place])]
             prompt = prompt_with_choices([choices[row] for row in context], target.prompt)
-            asked += [(prompt, target.chosen), (prompt, target.rejected)]
-            unprompted += [(target.prompt, target.chosen), (target.prompt, target.rejected)]
-        new = [option for option in dict.fromkeys(unprompted) if option not in plain]
-        plain.update(zip(new, _logprobs(model, new).tolist(), strict=True))
-        reference = torch.tensor([plain[option] for option in unprompted])
-        rewards = implicit_reward(_logprobs(model, asked), reference, beta=beta).view(-1, 2)
-        for (user, place), (chosen, rejected) in zip(places, rewards.tolist(), strict=True):
-            margins[user, place] = chosen - rejected
+            asked.append((prompt, target.chosen, target.rejected))
+            unprompted.append((target.prompt, target.chosen, target.rejected))
+        # Chat messages cannot be keys.
+        new = {repr(pair): pair for pair in unprompted if repr(pair) not in plain}
+        plain.update(zip(new, _margins(model, list(new.values())).tolist(), strict=True))
+        reference = torch.tensor([plain[repr(pair)] for pair in unprompted])
+        margins[mask] = implicit_reward(_margins(model, asked), reference, beta=beta)
         return Scores.of_margins(margins)
 
     return score
 
 
 @torch.no_grad()
-def _logprobs(model: LanguageModel, options: Sequence[tuple[Any, Content]]) -> torch.Tensor:
-    """log p of every answer given its prompt ``[m]``, nats."""
-    tokens = [model.option_tokens(prompt, answer) for prompt, answer in options]
-    result = torch.empty(len(tokens))
-    lengths = [len(prompt) + len(answer) for prompt, answer in tokens]
+def _margins(model: LanguageModel, pairs: Sequence[Pair]) -> torch.Tensor:
+    """log p of the first answer − log p of the second, given their prompt ``[m]``, nats."""
+    texts = []
+    for prompt, *answers in pairs:
+        tokens = [model.option_tokens(prompt, answer) for answer in answers]
+        texts.append((tokens[0][0], [answer for _, answer in tokens]))
+    result = torch.empty(len(texts))
+    lengths = [len(prompt) + sum(map(len, answers)) for prompt, answers in texts]
     for batch in batches_by_tokens(lengths, MAX_BATCH_TOKENS):
-        packed = PackedOptions.pack([tokens[i] for i in batch], model.decoder.device)
-        result[batch] = answer_logprobs(model.decoder, packed).cpu()
+        packed = PackedOptions.pack_texts([texts[i] for i in batch], model.decoder.device)
+        first, second = answer_logprobs(model.decoder, packed).view(-1, 2).unbind(1)
+        result[batch] = (first - second).cpu()
     return result
 
 

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
 from fssa_runtime.conditioning.encoder import antithetic_noise
+from fssa_runtime.env import process
 from fssa_runtime.files import write_atomically
 from fssa_runtime.training.evaluation import Scores, evaluate
 from fssa_runtime.training.reward_model import (
@@ -66,7 +67,8 @@ NOISE_SEED = 0
 
 @dataclass(frozen=True)
 class RewardResult:
-    """A trained reward: the model, what was measured, and what the run did."""
+    """A trained reward: the model, what was measured (by the main one of several processes, empty
+    elsewhere), and what the run did."""
 
     model: RewardModel
     metrics: dict[str, Any]
@@ -110,6 +112,8 @@ def train_reward(
         collate=collate_options,
         callbacks=callbacks,
     )
+    if not process().is_main:
+        return RewardResult(model, {}, outcome)
     with cpu_threads(config.train.cpu_threads):
         measured = evaluate_reward(model, source, config.evaluation)
     metrics = {

@@ -70,11 +70,15 @@ class ChoiceFiles(_Strict):
 
 
 class TextOptions(_Strict):
-    """How text options become vectors: the base model whose hidden states are read, and which."""
+    """How text options become vectors: the base model whose hidden states are read, and which.
+
+    `file`: where the vectors are kept, beside the run if None; runs on the same data may share it.
+    """
 
     model: str
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     embedding: EmbeddingConfig = EmbeddingConfig()
+    file: Path | None = None
 
 
 class EvaluationSettings(_Strict):

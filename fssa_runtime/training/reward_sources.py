@@ -142,7 +142,8 @@ def _preference_source(
         heldout_prompts=files.heldout_prompts,
         seed=files.split_seed,
     )
-    cache = None if fingerprint is None else config.train.output_dir / EMBEDDINGS_FILE
+    kept = config.options.file if config.options is not None else None
+    cache = None if fingerprint is None else kept or config.train.output_dir / EMBEDDINGS_FILE
     options = embed_preferences(
         data, embed, cache=cache, fingerprint=fingerprint or "", on_done=on_embedded
     )

@@ -21,6 +21,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 import yaml
+from accelerate.utils import set_seed
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from fssa_runtime.env import process
 from fssa_runtime.training.progress import Progress, shown_by
 
 _SETTINGS_FILE = "train_settings.json"
@@ -128,6 +130,13 @@ def load_config(path: str | Path, config_type: type[ConfigT]) -> ConfigT:
         raise ValueError(f"{path}: not a valid {config_type.__name__}\n{faults}") from error
 
 
+def training_device(settings: TrainSettings) -> torch.device:
+    """Where this process computes: a frozen base model has to lie there before `fit`."""
+    if settings.device == "cpu" or (settings.device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    return torch.device("cuda", process().local_rank)
+
+
 def fit(
     module: nn.Module,
     dataset: Dataset[Any],
@@ -148,8 +157,14 @@ def fit(
     Checkpoints go to settings.output_dir/checkpoint-<step>; `resume` continues from the newest
     complete one (from the start if there is none).
 
-    Raises ValueError: data set too short, checkpoints present with neither `resume` nor
-    `overwrite`, a checkpoint from other settings or of another module, CUDA wanted but absent;
+    Under ``torchrun`` or ``accelerate launch`` the processes share every step's tasks, each on its
+    own device, and average their gradients: the same step as of one process, up to rounding, and
+    but for random numbers drawn in forward, which are each process's own. All of them call this and
+    end with the same weights; logs and checkpoints are the main one's.
+
+    Raises ValueError: data set too short, tasks_per_batch that the processes cannot share evenly,
+    checkpoints present with neither `resume` nor `overwrite`, a checkpoint from other settings or
+    of another module, CUDA wanted but absent;
     FloatingPointError: the loss or a gradient is NaN or infinite. The weights are not touched by
     that step; the error names the step, its items of the data set, their users where items have
     one, and which of them give such a loss on their own.
@@ -162,8 +177,15 @@ def fit(
         )
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: expected a CUDA device for 'cuda', got none")
-    checkpoint = _prepare_output_dir(module, settings)
+    num_processes = process().world_size
+    if settings.tasks_per_batch % num_processes:
+        raise ValueError(
+            f"tasks_per_batch: expected a multiple of {num_processes}, the number of processes, "
+            f"got {settings.tasks_per_batch}"
+        )
     arguments = _training_arguments(settings)
+    with arguments.main_process_first(local=False, desc="making the folder ready"):
+        checkpoint = _prepare_output_dir(module, settings)
     trainer = _TaskTrainer(
         model=module,
         args=arguments,
@@ -171,6 +193,8 @@ def fit(
         train_dataset=dataset,
         callbacks=list(callbacks),
     )
+    if num_processes > 1:  # the trainer has seeded all of them alike
+        set_seed(settings.seed, device_specific=True)
     trainer.remove_callback(PrinterCallback)  # prints dicts, without the step
     shown = shown_by(settings.progress)
     if shown is not None:
@@ -249,7 +273,9 @@ class _TaskTrainer(Trainer):
 
     def _offending(self, model: nn.Module) -> str:
         """Which items of the data set the step read, and which of them fail on their own."""
-        per_step = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        model = self.accelerator.unwrap_model(model)
+        per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        per_step *= self.args.world_size
         first = self.state.global_step * per_step
         items = {i: self.train_dataset[i] for i in range(first, first + per_step)}
         alone = []
@@ -268,7 +294,8 @@ class _TaskTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
             for name, values in self._scalars.items():
-                logs[name] = torch.stack(values).float().mean().item()
+                mean = torch.stack(values).float().mean()
+                logs[name] = self.accelerator.reduce(mean, "mean").item()
             self._scalars = {}
         super().log(logs, *args, **kwargs)
 
@@ -284,7 +311,7 @@ def _training_arguments(settings: TrainSettings) -> TrainingArguments:
     arguments = TrainingArguments(
         output_dir=str(settings.output_dir),
         max_steps=settings.steps,
-        per_device_train_batch_size=settings.tasks_per_batch,
+        per_device_train_batch_size=settings.tasks_per_batch // process().world_size,
         gradient_accumulation_steps=settings.gradient_accumulation,
         learning_rate=settings.learning_rate,
         lr_scheduler_type=_SCHEDULES[settings.schedule],

@@ -8,7 +8,6 @@ import torch
 
 from benchmarks.people import POOLED, POPULATION, POSTERIOR, over_folds, predictors
 from benchmarks.people_data import FEATURES, find_table, write_choices
-from benchmarks.questions import choices_needed, chosen_first
 from benchmarks.rewards import gap_closed, mean_and_error, over_seeds
 from fssa_runtime.training.choices import read_choices
 from fssa_runtime.training.tasks import OptionTask, collate_options
@@ -143,19 +142,3 @@ def test_gap_closed_by_hand():
     found = gap_closed(models)
     assert found["0"]["mean"] == pytest.approx(0)
     assert found["5"]["mean"] == pytest.approx(0.75)
-
-
-def test_choices_needed_is_linear_between_whole_numbers():
-    # From 0.75, nine tenths of the way to 1 are 0.975.
-    assert choices_needed([0.75, 0.875, 0.95, 1.0]) == pytest.approx(2.5)
-    assert choices_needed([0.75, 1.0]) == pytest.approx(0.9)
-    assert choices_needed([0.75, 0.9]) is None
-
-
-def test_simulated_answers_are_those_of_the_kind():
-    pairs = torch.tensor([[[[0.6], [0.9]]], [[[0.6], [0.9]]]])
-    answered = chosen_first(pairs, torch.tensor([0, 1]))
-    assert answered[:, 0, :, 0].tolist() == [
-        [pytest.approx(0.9), pytest.approx(0.6)],
-        [pytest.approx(0.6), pytest.approx(0.9)],
-    ]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import policies
 from benchmarks.policies import (
     EVERYBODY,
     FAMILIES,
@@ -14,7 +15,7 @@ from benchmarks.policies import (
     PROMPT,
     RECIPES,
     closed,
-    finished,
+    planned,
     variants,
 )
 from fssa_runtime.conditioning.layout import RowLayout
@@ -56,11 +57,41 @@ def test_a_run_is_read_only_if_its_recipe_is_the_same(tmp_path: Path) -> None:
     every = variants(load_config(RECIPES / "policy.yaml", PolicyConfig))
     assert set(every) == {*FAMILIES, EVERYBODY, *(f"DPO, {kind}" for kind in KINDS), PROMPT}
     config = every[EVERYBODY]
-    wanted, metrics = finished(config, tmp_path, seed=3)
+    wanted, metrics = planned(config, tmp_path, seed=3)
     assert metrics is None
     assert wanted.train.seed == 3
     record = {"recipe": wanted.model_dump(mode="json"), "heldout": {}}
     (tmp_path / "metrics.json").write_text(json.dumps(record))
-    assert finished(config, tmp_path, seed=3)[1] == record
-    assert finished(config, tmp_path, seed=4)[1] is None
-    assert finished(every["DPO, length+"], tmp_path, seed=3)[1] is None
+    assert planned(config, tmp_path, seed=3)[1] == record
+    assert planned(config, tmp_path, seed=4)[1] is None
+    assert planned(every["DPO, length+"], tmp_path, seed=3)[1] is None
+
+
+def test_a_run_is_resumed_only_by_its_own_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    every = variants(load_config(RECIPES / "policy.yaml", PolicyConfig))
+    fresh, _ = planned(every[EVERYBODY], tmp_path, seed=3)
+    assert (fresh.train.resume, fresh.train.overwrite) == (False, True)
+
+    class Cut(Exception):
+        pass
+
+    def cut_off(*_: object) -> None:
+        raise Cut
+
+    monkeypatch.setattr(policies, "train_policy", cut_off)
+    with pytest.raises(Cut):
+        policies.train(fresh, None)  # type: ignore[arg-type]
+    again, metrics = planned(every[EVERYBODY], tmp_path, seed=3)
+    assert metrics is None
+    assert (again.train.resume, again.train.overwrite) == (True, False)
+    other, _ = planned(every["DPO, length+"], tmp_path, seed=3)
+    assert (other.train.resume, other.train.overwrite) == (False, True)
+
+
+def test_conditioned_policies_see_every_kind_as_often_as_its_own_policy_does() -> None:
+    every = variants(load_config(RECIPES / "policy.yaml", PolicyConfig))
+    dedicated = {every[f"DPO, {kind}"].train.steps for kind in KINDS}
+    assert {every[name].train.steps for name in FAMILIES} == {len(KINDS) * dedicated.pop()}
+    assert not dedicated
