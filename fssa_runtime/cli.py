@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_data(commands)
     _add_evaluate(commands)
     _add_plan(commands)
-    add_commands(commands)
+    add_commands(partial(_add, commands))
     return parser
 
 

@@ -6,18 +6,18 @@ Heavy imports happen inside the commands, so ``fssa --help`` answers at once.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-Subparsers = Any  # argparse keeps the type of what add_subparsers returns to itself
+Add = Callable[[str, Callable[[argparse.Namespace], None], str], argparse.ArgumentParser]
 
 
-def add_commands(commands: Subparsers) -> None:
-    """Add ``import-authors``, ``import-lora`` and ``export-lora``."""
+def add_commands(add: Add) -> None:
+    """``import-authors``, ``import-lora`` and ``export-lora``; ``add`` makes a command of its name,
+    what it runs and its help."""
     from ..models.pull import DEFAULT_MODEL
 
-    authors = _add(
-        commands,
+    authors = add(
         "import-authors",
         _import_authors,
         "a checkpoint of the paper's code (config.yaml, model_best.pt) as a conditioning",
@@ -26,9 +26,7 @@ def add_commands(commands: Subparsers) -> None:
     authors.add_argument("--model", help="the base (default: the one its config.yaml names)")
     authors.add_argument("--output", type=Path, required=True, help="the conditioning, a folder")
 
-    lora = _add(
-        commands, "import-lora", _import_lora, "a PEFT LoRA as a part of a conditioning, for all"
-    )
+    lora = add("import-lora", _import_lora, "a PEFT LoRA as a part of a conditioning, for all")
     lora.add_argument("folder", type=Path, help="adapter_config.json, adapter_model.safetensors")
     lora.add_argument("--model", default=DEFAULT_MODEL, help=f"the base (default: {DEFAULT_MODEL})")
     lora.add_argument(
@@ -36,7 +34,7 @@ def add_commands(commands: Subparsers) -> None:
     )
     lora.add_argument("--output", type=Path, required=True, help="the conditioning, a folder")
 
-    export = _add(commands, "export-lora", _export_lora, "a user as an ordinary PEFT LoRA")
+    export = add("export-lora", _export_lora, "a user as an ordinary PEFT LoRA")
     export.add_argument("--user", required=True, metavar="NAME", help="whose")
     export.add_argument(
         "--model", default=DEFAULT_MODEL, help=f"the base (default: {DEFAULT_MODEL})"
@@ -48,12 +46,6 @@ def add_commands(commands: Subparsers) -> None:
         "--users-file", type=Path, help="JSON of users and choices (default: in the checkpoint)"
     )
     export.add_argument("--output", type=Path, required=True, help="the adapter, a folder")
-
-
-def _add(commands: Subparsers, name: str, run: Any, help: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=help, description=help)
-    parser.set_defaults(run=run)
-    return parser
 
 
 def _import_authors(arguments: argparse.Namespace) -> None:
