@@ -214,6 +214,32 @@ def people() -> str:
     return "\n\n".join(tables)
 
 
+def policies() -> str:
+    """Implicit-reward accuracy of NP-DPO by n, between DPO for everybody and for a kind alone."""
+    result = read("policies.json")
+    if result is None:
+        return NOT_MEASURED
+    summary, sizes = result["summary"], result["numbers_a_user"]
+    floor = summary["DPO, everybody"]["accuracy"]["0"]
+    held_against = [name for name in summary if "gap_closed" in summary[name]]
+    contexts = list(summary[held_against[0]]["accuracy"])
+    lines = [
+        f"| choices n | numbers a user | {' | '.join(contexts)} | of the gap at {contexts[-1]}, % |",
+        "|---|---|" + "---|" * (len(contexts) + 1),
+        f"| DPO, everybody, % | | {100 * floor:.1f} |" + " |" * len(contexts),
+    ]
+    for name in held_against:
+        entry = summary[name]
+        cells = [f"{100 * entry['accuracy'][n]:.1f}" for n in contexts]
+        shares = [100 * closed["share"] for closed in entry["gap_closed"][contexts[-1]]]
+        closed = f"{statistics.fmean(shares):.1f}"
+        lines.append(f"| {name}, % | {sizes.get(name, '')} | {' | '.join(cells)} | {closed} |")
+    ceiling = [e["accuracy"]["0"] for name, e in summary.items() if name[:5] == "DPO, "]
+    own = statistics.fmean(a for a in ceiling if a != floor)
+    lines.append(f"| DPO, each kind alone, % | | {100 * own:.1f} |" + " |" * len(contexts))
+    return "\n".join(lines)
+
+
 def questions() -> str:
     """Accuracy after some questions that were chosen, and after random ones."""
     counts = (0, 1, 2, 3, 4, 6, 8, 16)
@@ -385,6 +411,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "synthetic": synthetic,
     "identify": identify,
     "people": people,
+    "policies": policies,
     "questions": questions,
     "implicit_reward": implicit_reward,
 }
