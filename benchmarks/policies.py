@@ -188,6 +188,7 @@ def main() -> int:
     by_seed = [{name: runs[name] for name in every if name not in missing} for runs in by_seed]
     result = {
         "seeds": options.seeds,
+        "not_trained_yet": missing,
         "numbers_a_user": sizes,
         "reward": json.loads((RUNS / "reward" / REWARD_METRICS).read_text(encoding="utf-8")),
         "summary": summary(by_seed),
