@@ -220,13 +220,15 @@ def policies() -> str:
     if result is None:
         return NOT_MEASURED
     summary, sizes = result["summary"], result["numbers_a_user"]
-    floor = summary["DPO, everybody"]["accuracy"]["0"]
+    everybody = "DPO, everybody"
+    floor = summary[everybody]["accuracy"]["0"]
     held_against = [name for name in summary if "gap_closed" in summary[name]]
     contexts = list(summary[held_against[0]]["accuracy"])
+    gap = f"of the gap at {contexts[-1]}, %"
     lines = [
-        f"| choices n | numbers a user | {' | '.join(contexts)} | of the gap at {contexts[-1]}, % |",
+        f"| choices n | numbers a user | {' | '.join(contexts)} | {gap} |",
         "|---|---|" + "---|" * (len(contexts) + 1),
-        f"| DPO, everybody, % | | {100 * floor:.1f} |" + " |" * len(contexts),
+        f"| {everybody}, % | | {100 * floor:.1f} |" + " |" * len(contexts),
     ]
     for name in held_against:
         entry = summary[name]
@@ -234,8 +236,8 @@ def policies() -> str:
         shares = [100 * closed["share"] for closed in entry["gap_closed"][contexts[-1]]]
         closed = f"{statistics.fmean(shares):.1f}"
         lines.append(f"| {name}, % | {sizes.get(name, '')} | {' | '.join(cells)} | {closed} |")
-    ceiling = [e["accuracy"]["0"] for name, e in summary.items() if name[:5] == "DPO, "]
-    own = statistics.fmean(a for a in ceiling if a != floor)
+    dedicated = [name for name in summary if name not in (everybody, *held_against)]
+    own = statistics.fmean(summary[name]["accuracy"]["0"] for name in dedicated)
     lines.append(f"| DPO, each kind alone, % | | {100 * own:.1f} |" + " |" * len(contexts))
     return "\n".join(lines)
 
