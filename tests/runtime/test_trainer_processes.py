@@ -54,6 +54,8 @@ def launch(folder: Path, count: int, *arguments: str) -> subprocess.CompletedPro
     hidden = {"RANK", "WORLD_SIZE", "LOCAL_RANK"}
     environment = {k: v for k, v in os.environ.items() if k not in hidden}
     environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    if sys.platform == "linux":
+        environment["GLOO_SOCKET_IFNAME"] = "lo"
     return subprocess.run(
         [*command, *arguments], env=environment, capture_output=True, text=True, timeout=240
     )
