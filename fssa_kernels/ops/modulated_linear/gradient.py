@@ -86,7 +86,7 @@ def _all_bwd(
         low_needs = (need_x, *need_side)
         if family == "factors":
             assert slots is not None
-            low = _factors_bwd(dy, x, lora_a, lora_b, slots, splits, low_needs, products)
+            low = _factors_bwd(dy, x, lora_a, lora_b, slots, splits, low_needs)
         else:
             low = _shared_bwd(
                 dy, x, lora_a, lora_b, rows, slots, family, splits, low_needs, products
@@ -117,8 +117,8 @@ def _shared_bwd(
     need_x, need_a, need_b, need_rows = needs
     dy_parts = dy.to(products).split(splits, 1)
     a, b_parts = lora_a.to(products), lora_b.to(products).split(splits)
-    narrow = None if x is None else x.to(products)
-    u = widen(narrow @ a.t()) if narrow is not None and (need_b or need_rows) else None
+    x = None if x is None else x.to(products)
+    u = widen(x @ a.t()) if x is not None and (need_b or need_rows) else None
     dx = da = db = drows = None
     if need_b:
         assert u is not None
@@ -138,8 +138,8 @@ def _shared_bwd(
         if need_x or need_a:
             du = modulate_bwd(du, rows, slots).to(products)
         if need_a:
-            assert narrow is not None
-            da = (du.t() @ narrow).to(lora_a.dtype)
+            assert x is not None
+            da = (du.t() @ x).to(lora_a.dtype)
         if need_x:
             dx = du @ a
     return dx, da, db, drows
@@ -153,7 +153,6 @@ def _factors_bwd(
     slots: Tensor,
     splits: Sequence[int],
     needs: Sequence[bool],
-    products: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """(dx of the low-rank term, dA, dB, None) where every slot has its own A and B."""
     need_x, need_a, need_b, _ = needs
@@ -165,7 +164,7 @@ def _factors_bwd(
         x_mine = None if x is None else x[mine]
         a, b = lora_a[slot], lora_b[slot]
         dx_mine, da, db, _ = _shared_bwd(
-            dy[mine], x_mine, a, b, None, None, "static", splits, needs, products
+            dy[mine], x_mine, a, b, None, None, "static", splits, needs, wide(dy.dtype)
         )
         if dx is not None and dx_mine is not None:
             dx[mine] = dx_mine
