@@ -19,9 +19,11 @@
 
 #if defined(__GNUC__)
 #define FSSA_INLINE static inline __attribute__((always_inline))
+#define FSSA_INLINE_MEMBER inline __attribute__((always_inline))
 #define FSSA_NOINLINE static __attribute__((noinline))
 #else
 #define FSSA_INLINE static inline
+#define FSSA_INLINE_MEMBER inline
 #define FSSA_NOINLINE static
 #endif
 

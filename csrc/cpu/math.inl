@@ -13,6 +13,15 @@ FSSA_INLINE void prefetch(const void* p) {
 #endif
 }
 
+// Hides from the compiler how `value` was made, so that it stays in a register.
+FSSA_INLINE void opaque(int64_t& value) {
+#if defined(__GNUC__)
+  asm("" : "+r"(value));
+#else
+  (void)value;
+#endif
+}
+
 // Sixteen numbers at `index` of an array of either type.
 FSSA_INLINE Vec load_as(const void* base, DType dtype, int64_t index) {
   return dtype == DType::kFloat32 ? load(static_cast<const float*>(base) + index)

@@ -102,13 +102,18 @@ struct ModulatedLinearCall final : Call {
 
   int64_t width() const { return num_splits * rank; }
   int64_t num_panels() const { return num_halves / 2; }
+  int64_t panel_bytes() const { return cpu::panel_bytes(dtype, in_features); }
   const char* panel(int64_t index) const {
-    return static_cast<const char*>(weight) + index * panel_bytes(dtype, in_features);
+    return static_cast<const char*>(weight) + index * panel_bytes();
   }
   int64_t shrink_halves() const { return (width() + kHalfColumns - 1) / kHalfColumns; }
+  // Where in its user's row the modulation of row t has the number `index`.
+  const void* user_row(int64_t t, int64_t index) const {
+    return advance(rows.data, rows.dtype, slots[t] * rows.stride + index);
+  }
   // The panel a thread of the team begins with, or nearly, where rows are few.
   Span first_panel(const Team& team) const {
-    return {panel(team.share(num_panels()).first), panel_bytes(dtype, in_features)};
+    return {panel(team.share(num_panels()).first), panel_bytes()};
   }
 
   void check() const override;

@@ -46,12 +46,47 @@ struct Same {};
 FSSA_INLINE int64_t second(Same) { return 0; }
 FSSA_INLINE int64_t second(int64_t distance) { return distance; }
 
+// Rows of x at any places.
+template <typename T>
+struct ScatteredRows {
+  const T* const* rows;
+  int64_t column = 0;
+
+  FSSA_INLINE_MEMBER const T* at(int r) const { return rows[r] + column; }
+  FSSA_INLINE_MEMBER void advance(int64_t columns) { column += columns; }
+};
+
+// Rows of x a constant distance apart. A register for every four of them and two for the distance:
+// a dozen pointers are more than the machine has registers for, and moving them in and out cost 7 %
+// of a product that is bound by its multiplications.
+template <int kRows, typename T>
+struct SpacedRows {
+  const T* fours[(kRows + 3) / 4];
+  int64_t distance, thrice;
+
+  FSSA_INLINE_MEMBER SpacedRows(const T* first, int64_t stride)
+      : distance(stride), thrice(3 * stride) {
+    for (int r = 0; r < kRows; r += 4) fours[r / 4] = first + r * stride;
+    opaque(distance);
+    opaque(thrice);
+  }
+
+  FSSA_INLINE_MEMBER const T* at(int r) const {
+    const T* four = fours[r / 4];
+    return r % 4 == 3 ? four + thrice : four + r % 4 * distance;
+  }
+
+  FSSA_INLINE_MEMBER void advance(int64_t columns) {
+    FSSA_UNROLL
+    for (int i = 0; i < (kRows + 3) / 4; ++i) fours[i] += columns;
+  }
+};
+
 // acc += x W^T for kRows rows and the first kHalves halves at `panel`, of a packed matrix [*, k]
 // whose next column pair is `step` words away.
-template <int kRows, int kHalves, typename Next, typename Apart = Same>
-FSSA_INLINE void accumulate(const BFloat16* const* x, const BFloat16* panel, int64_t k,
-                            Vec (&acc)[kRows][kHalves], Next&& ahead, int64_t step = kPanelColumns,
-                            Apart apart = {}) {
+template <int kRows, int kHalves, typename Rows, typename Next, typename Apart = Same>
+FSSA_INLINE void accumulate(Rows x, const BFloat16* panel, int64_t k, Vec (&acc)[kRows][kHalves],
+                            Next&& ahead, int64_t step = kPanelColumns, Apart apart = {}) {
   const uint32_t* w = reinterpret_cast<const uint32_t*>(panel);
   for (int64_t p = 0; p < k / 2; ++p, w += step) {
     Pairs columns[kHalves];
@@ -62,25 +97,27 @@ FSSA_INLINE void accumulate(const BFloat16* const* x, const BFloat16* panel, int
     for (int r = 0; r < kRows; ++r) {
       FSSA_UNROLL
       for (int h = 0; h < kHalves; ++h) {
-        const Pairs pair = broadcast_pair(x[r] + h * second(apart) + 2 * p);
+        const Pairs pair = broadcast_pair(x.at(r) + h * second(apart));
         acc[r][h] = dot_pairs(acc[r][h], columns[h], pair);
       }
     }
+    x.advance(2);
   }
   if (k % 2) {
+    FSSA_UNROLL
     for (int r = 0; r < kRows; ++r) {
+      FSSA_UNROLL
       for (int h = 0; h < kHalves; ++h) {
-        const Pairs pair = broadcast_bits(x[r][h * second(apart) + k - 1].bits);
+        const Pairs pair = broadcast_bits(x.at(r)[h * second(apart)].bits);
         acc[r][h] = dot_pairs(acc[r][h], load_pairs(w + kHalfColumns * h), pair);
       }
     }
   }
 }
 
-template <int kRows, int kHalves, typename X, typename Next, typename Apart = Same>
-FSSA_INLINE void accumulate(const X* const* x, const float* panel, int64_t k,
-                            Vec (&acc)[kRows][kHalves], Next&& ahead, int64_t step = kPanelColumns,
-                            Apart apart = {}) {
+template <int kRows, int kHalves, typename Rows, typename Next, typename Apart = Same>
+FSSA_INLINE void accumulate(Rows x, const float* panel, int64_t k, Vec (&acc)[kRows][kHalves],
+                            Next&& ahead, int64_t step = kPanelColumns, Apart apart = {}) {
   const float* w = panel;
   for (int64_t i = 0; i < k; ++i, w += step) {
     Vec columns[kHalves];
@@ -91,10 +128,11 @@ FSSA_INLINE void accumulate(const X* const* x, const float* panel, int64_t k,
     for (int r = 0; r < kRows; ++r) {
       FSSA_UNROLL
       for (int h = 0; h < kHalves; ++h) {
-        const Vec value = broadcast(to_float(x[r][h * second(apart) + i]));
+        const Vec value = broadcast(to_float(x.at(r)[h * second(apart)]));
         acc[r][h] = fma(columns[h], value, acc[r][h]);
       }
     }
+    x.advance(1);
   }
 }
 
@@ -133,22 +171,21 @@ FSSA_INLINE void dots_any(const X* x, const SideMatrix& a, int64_t offset, int64
 // Rows [t, t + kRows), 16 columns of A.
 template <int kRows, typename X, typename A>
 FSSA_NOINLINE void shrink_tile(const ModulatedLinearCall& a, int64_t t, int64_t half, Ahead ahead) {
-  const X* x[kRows];
+  const SpacedRows<kRows, X> x(static_cast<const X*>(a.x) + t * a.x_stride, a.x_stride);
   Vec acc[kRows][1];
-  for (int r = 0; r < kRows; ++r) {
-    x[r] = static_cast<const X*>(a.x) + (t + r) * a.x_stride;
-    acc[r][0] = broadcast(0.0f);
+  for (int r = 0; r < kRows; ++r) acc[r][0] = broadcast(0.0f);
+  const int64_t first = half * kHalfColumns, valid = smaller(kHalfColumns, a.width() - first);
+  if (a.family == Family::kGated) {
+    for (int r = 0; r < kRows; ++r) prefetch(a.user_row(t + r, first));
   }
   const A* columns =
       packed_at<A>(a.lora_a.data, half * half_bytes(a.lora_a.dtype, a.in_features));
   accumulate(x, columns, a.in_features, acc, ahead, kHalfColumns);
-  const int64_t first = half * kHalfColumns, valid = smaller(kHalfColumns, a.width() - first);
   for (int r = 0; r < kRows; ++r) {
     Vec value = acc[r][0];
     const int64_t at = (t + r) * a.width() + first;
     if (a.family == Family::kGated) {
-      const int64_t state = a.slots[t + r] * a.rows.stride + first;
-      value = mul(value, load_first_as(a.rows.data, a.rows.dtype, state, valid));
+      value = mul(value, load_first_as(a.user_row(t + r, first), a.rows.dtype, 0, valid));
     }
     if (a.family == Family::kCore) {
       store_up_to(a.unmixed + at, value, valid);
@@ -170,15 +207,27 @@ FSSA_INLINE void shrink_tile_of(int64_t rows, const ModulatedLinearCall& a, int6
   shrink_tile<kRows, X, A>(a, t, half, ahead);
 }
 
+// `count` things in `parts` runs, of which the first ones have one more than the rest.
+struct Runs {
+  int64_t length, longer;
+
+  FSSA_INLINE_MEMBER Runs(int64_t count, int64_t parts)
+      : length(count / larger(1, parts)), longer(count % larger(1, parts)) {}
+
+  FSSA_INLINE_MEMBER int64_t begin(int64_t run) const {
+    return run * length + smaller(run, longer);
+  }
+};
+
 FSSA_INLINE int64_t num_tiles(int64_t num_tokens) { return (num_tokens + kMaxRows - 1) / kMaxRows; }
 
 template <typename X, typename A>
 FSSA_INLINE void shrink(const ModulatedLinearCall& a, int64_t num_tokens, Team& team) {
   const int64_t halves = a.shrink_halves(), tiles = num_tiles(num_tokens);
   const Range mine = team.share(halves * tiles);
+  const Runs rows(num_tokens, tiles);
   for (int64_t i = mine.first; i < mine.last; ++i) {
-    const int64_t tile = i / halves;
-    const int64_t first = num_tokens * tile / tiles, last = num_tokens * (tile + 1) / tiles;
+    const int64_t first = rows.begin(i / halves), last = rows.begin(i / halves + 1);
     // The last tile brings the first panel of the weight.
     const Span next = i + 1 == mine.last ? a.first_panel(team) : Span{};
     const Ahead ahead{next.data, next.data + next.bytes, nullptr, nullptr};
@@ -238,10 +287,8 @@ template <int kRows, typename B>
 FSSA_INLINE void expand_packed(const ModulatedLinearCall& a, int64_t t, int64_t panel,
                                Vec (&acc)[kRows][2]) {
   const Half* halves = a.halves + 2 * panel;
-  const B* v[kRows];
-  for (int r = 0; r < kRows; ++r) {
-    v[r] = static_cast<const B*>(a.low_rank) + (t + r) * a.width() + halves[0].split * a.rank;
-  }
+  const SpacedRows<kRows, B> v(
+      static_cast<const B*>(a.low_rank) + t * a.width() + halves[0].split * a.rank, a.width());
   const int64_t apart = (halves[1].valid ? halves[1].split - halves[0].split : 0) * a.rank;
   const B* b = packed_at<B>(a.lora_b.data, panel * panel_bytes(a.lora_b.dtype, a.rank));
   accumulate(v, b, a.rank, acc, NothingAhead{}, kPanelColumns, apart);
@@ -251,16 +298,20 @@ FSSA_INLINE void expand_packed(const ModulatedLinearCall& a, int64_t t, int64_t 
 template <int kRows>
 FSSA_INLINE void expand_own(const ModulatedLinearCall& a, int64_t t, int64_t panel,
                             Vec (&acc)[kRows][2]) {
+  float term[kRows][kPanelColumns] = {};
   for (int h = 0; h < 2; ++h) {
     const Half& half = a.halves[2 * panel + h];
     for (int r = 0; r < kRows; ++r) {
       const float* v = static_cast<const float*>(a.low_rank) + (t + r) * a.width();
-      float out[kHalfColumns] = {};
       dots_any(v + half.split * a.rank, a.lora_b,
                a.slots[t + r] * a.lora_b.user_stride + half.row * a.lora_b.stride, a.rank,
-               half.valid, out);
-      acc[r][h] = add(acc[r][h], load(out));
+               half.valid, term[r] + h * kHalfColumns);
     }
+  }
+  FSSA_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    acc[r][0] = add(acc[r][0], load(term[r]));
+    acc[r][1] = add(acc[r][1], load(term[r] + kHalfColumns));
   }
 }
 
@@ -272,17 +323,45 @@ FSSA_INLINE void fetch_expand(const ModulatedLinearCall& a, int64_t panel) {
   for (int64_t i = 0; i < bytes; i += 64) prefetch(b + i);
 }
 
+// y = the sums of kRows rows of one half.
+template <int kRows, typename Y>
+FSSA_INLINE void store_half(Y* y, int64_t stride, int64_t valid, const Vec (&acc)[kRows][2],
+                            int h) {
+  if (valid == kHalfColumns) {
+    FSSA_UNROLL
+    for (int r = 0; r < kRows; ++r) store(y + r * stride, acc[r][h]);
+  } else {
+    FSSA_UNROLL
+    for (int r = 0; r < kRows; ++r) store_first(y + r * stride, acc[r][h], valid);
+  }
+}
+
+// y = activation(gate) up for kRows rows of a panel whose halves are the two.
+template <int kRows>
+FSSA_INLINE void store_activated(const ModulatedLinearCall& a, int64_t t, const Half& half,
+                                 const Vec (&acc)[kRows][2]) {
+  Vec gates[kRows], ups[kRows];  // in memory: the loop over them is too long to be unrolled
+  FSSA_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    gates[r] = acc[r][0];
+    ups[r] = acc[r][1];
+  }
+  for (int r = 0; r < kRows; ++r) {
+    const Vec gate = a.epilogue == Epilogue::kSiluMul ? silu(gates[r]) : gelu_tanh(gates[r]);
+    store_as(a.y, a.y_dtype, (t + r) * a.y_stride + half.column, mul(gate, ups[r]), half.valid);
+  }
+}
+
 // Rows [t, t + kRows) of one panel, from the product to the stored result. `ready` is called once
 // the product is done and before the low-rank term is needed. Returns what is left of the queue.
+// Sums are named by constants alone, in loops that are unrolled: so they stay in registers.
 template <int kRows, typename T, typename Ready>
 FSSA_NOINLINE Span* tile(const ModulatedLinearCall& a, int64_t t, int64_t panel,
                          const Ready& ready, Ahead ahead) {
-  const T* x[kRows];
+  const SpacedRows<kRows, T> x(static_cast<const T*>(a.x) + t * a.x_stride, a.x_stride);
   Vec acc[kRows][2];
-  for (int r = 0; r < kRows; ++r) {
-    x[r] = static_cast<const T*>(a.x) + (t + r) * a.x_stride;
-    acc[r][0] = acc[r][1] = broadcast(0.0f);
-  }
+  FSSA_UNROLL
+  for (int r = 0; r < kRows; ++r) acc[r][0] = acc[r][1] = broadcast(0.0f);
   Span* queue = ahead.queue;
   accumulate(x, packed_at<T>(a.panel(panel), 0), a.in_features, acc, ahead);
   queue = unread(ahead, queue);
@@ -296,24 +375,27 @@ FSSA_NOINLINE Span* tile(const ModulatedLinearCall& a, int64_t t, int64_t panel,
       expand_packed<kRows, BFloat16>(a, t, panel, acc);
     }
   }
-  for (int h = 0; h < 2; ++h) {
-    const Half& half = a.halves[2 * panel + h];
-    if (half.valid == 0) continue;
-    if (a.bias != nullptr) {
-      const Vec bias = load_first_as(a.bias, a.dtype, half.row, half.valid);
+  const Half* halves = a.halves + 2 * panel;
+  if (a.bias != nullptr) {
+    FSSA_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      const Vec bias = load_first_as(a.bias, a.dtype, halves[h].row, halves[h].valid);
+      FSSA_UNROLL
       for (int r = 0; r < kRows; ++r) acc[r][h] = add(acc[r][h], bias);
     }
-    if (a.epilogue == Epilogue::kNone) {
-      for (int r = 0; r < kRows; ++r) {
-        store_as(a.y, a.y_dtype, (t + r) * a.y_stride + half.column, acc[r][h], half.valid);
-      }
-    }
   }
-  if (a.epilogue == Epilogue::kNone) return queue;
-  const Half& half = a.halves[2 * panel];
-  for (int r = 0; r < kRows; ++r) {
-    const Vec gate = a.epilogue == Epilogue::kSiluMul ? silu(acc[r][0]) : gelu_tanh(acc[r][0]);
-    store_as(a.y, a.y_dtype, (t + r) * a.y_stride + half.column, mul(gate, acc[r][1]), half.valid);
+  if (a.epilogue != Epilogue::kNone) {
+    store_activated(a, t, halves[0], acc);
+    return queue;
+  }
+  FSSA_UNROLL
+  for (int h = 0; h < 2; ++h) {
+    const int64_t at = t * a.y_stride + halves[h].column;
+    if (a.y_dtype == DType::kFloat32) {
+      store_half(static_cast<float*>(a.y) + at, a.y_stride, halves[h].valid, acc, h);
+    } else {
+      store_half(static_cast<BFloat16*>(a.y) + at, a.y_stride, halves[h].valid, acc, h);
+    }
   }
   return queue;
 }
@@ -355,7 +437,7 @@ void modulated_linear(const ModulatedLinearCall& a, Team& team) {
     if (!waited) team.wait();
     waited = true;
   };
-  // Rows in tiles of equal height, tiles in chunks whose x stays in L2 while the panels pass.
+  // Tiles in chunks whose x stays in L2 while the panels pass.
   constexpr int64_t kChunkBytes = 256 * 1024;
   const int64_t row_bytes = larger(1, a.in_features * size_of(a.dtype));
   const int64_t num_panels = a.num_panels(), tiles = num_tiles(num_tokens);
@@ -364,24 +446,28 @@ void modulated_linear(const ModulatedLinearCall& a, Team& team) {
   const bool shrinks = modulated && a.family != Family::kFactors;
   const Range mine =
       product_share(team, shrinks ? a.shrink_halves() * tiles : 0, num_panels * tiles);
+  const Runs rows(num_tokens, tiles);
   Span* queue = team.meanwhile();
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    const Range rows{tiles * chunk / chunks, tiles * (chunk + 1) / chunks};
-    const int64_t height = rows.last - rows.first, start = num_panels * rows.first;
-    const int64_t stop = smaller(mine.last, start + num_panels * height);
-    for (int64_t i = larger(mine.first, start); i < stop; ++i) {
-      const int64_t panel = (i - start) / height, j = (i - start) % height;
-      if (j == 0 || i == mine.first) fetch_expand(a, panel);
+    const Range of_chunk{tiles * chunk / chunks, tiles * (chunk + 1) / chunks};
+    const int64_t height = of_chunk.last - of_chunk.first, start = num_panels * of_chunk.first;
+    const int64_t begin = larger(mine.first, start);
+    const int64_t end = smaller(mine.last, start + num_panels * height);
+    int64_t panel = (begin - start) / height, tile = of_chunk.first + (begin - start) % height;
+    for (int64_t i = begin; i < end; ++panel, tile = of_chunk.first) {
+      fetch_expand(a, panel);
       // The next panel comes from memory while the tiles of this one are computed.
       Span next = team.upcoming();
-      if (i - j + height < mine.last) {
-        next = {a.panel((panel + 1) % num_panels), panel_bytes(a.dtype, a.in_features)};
+      if (i + of_chunk.last - tile < mine.last) {
+        next = {a.panel(panel + 1 < num_panels ? panel + 1 : 0), a.panel_bytes()};
       }
-      const Ahead ahead{next.data + next.bytes * j / height,
-                        next.data + next.bytes * (j + 1) / height, queue, team.meanwhile_end()};
-      const int64_t tile = rows.first + j;
-      const int64_t first = num_tokens * tile / tiles, last = num_tokens * (tile + 1) / tiles;
-      queue = tile_of<kMaxRows, T>(last - first, a, first, panel, ready, ahead);
+      const Runs pieces(next.bytes, height);
+      for (; tile < of_chunk.last && i < end; ++tile, ++i) {
+        const int64_t j = tile - of_chunk.first, first = rows.begin(tile);
+        const Ahead ahead{next.data + pieces.begin(j), next.data + pieces.begin(j + 1), queue,
+                          team.meanwhile_end()};
+        queue = tile_of<kMaxRows, T>(rows.begin(tile + 1) - first, a, first, panel, ready, ahead);
+      }
     }
   }
   ready();

@@ -102,8 +102,8 @@ FSSA_INLINE int64_t score_groups(const AttentionCall& a, const T* const* q,
       for (int r = 0; r < kRows; ++r) {
         for (int g = 0; g < kGroups; ++g) acc[r][g] = broadcast(0.0f);
       }
-      accumulate(q, reinterpret_cast<const T*>(s.keys + first), a.head_dim, acc, NothingAhead{},
-                 kKeyBlock);
+      accumulate(ScatteredRows<T>{q}, reinterpret_cast<const T*>(s.keys + first), a.head_dim, acc,
+                 NothingAhead{}, kKeyBlock);
       for (int r = 0; r < kRows; ++r) {
         float* weights = s.weights + (row + r) * kKeyBlock + first;
         for (int g = 0; g < kGroups; ++g) {

@@ -35,7 +35,13 @@ FSSA_INLINE __m512i rounded_bits(__m512 value) {
   return _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q), quiet);
 }
 
-FSSA_INLINE __m256i narrow(Vec x) { return _mm512_cvtepi32_epi16(rounded_bits(x.v)); }
+FSSA_INLINE __m256i narrow(Vec x) {
+#ifdef FSSA_BF16_DOT
+  return (__m256i)_mm512_cvtneps_pbh(x.v);  // as below, but numbers under 2^-126 become zero
+#else
+  return _mm512_cvtepi32_epi16(rounded_bits(x.v));
+#endif
+}
 
 FSSA_INLINE void store(BFloat16* p, Vec x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(x));
@@ -61,9 +67,7 @@ FSSA_INLINE void store_first(BFloat16* p, Vec x, int64_t count) {
   _mm256_mask_storeu_epi16(p, first_lanes(count), narrow(x));
 }
 
-FSSA_INLINE Vec round_bf16(Vec x) {
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(rounded_bits(x.v), 16))};
-}
+FSSA_INLINE Vec round_bf16(Vec x) { return widen(narrow(x)); }
 
 FSSA_INLINE Vec add(Vec x, Vec y) { return {_mm512_add_ps(x.v, y.v)}; }
 FSSA_INLINE Vec sub(Vec x, Vec y) { return {_mm512_sub_ps(x.v, y.v)}; }
