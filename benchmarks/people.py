@@ -31,13 +31,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.kept_runs import finished, same_run, without_folder
 from benchmarks.people_data import FEATURES, find_table, write_choices
-from benchmarks.rewards import RECIPES, ROOT, mean_and_error, same_run, without_folder
+from benchmarks.rewards import RECIPES, ROOT, mean_and_error
 from fssa_runtime.conditioning.encoder import antithetic_noise, real_choices
 from fssa_runtime.training.choices import read_choices, split_users
 from fssa_runtime.training.evaluation import Scores, evaluate
 from fssa_runtime.training.losses import luce_log_probs
-from fssa_runtime.training.reward import METRICS_FILE, RewardConfig, train_reward
+from fssa_runtime.training.reward import RewardConfig, train_reward
 from fssa_runtime.training.reward_sources import reward_source
 from fssa_runtime.training.tasks import collate_options
 from fssa_runtime.training.trainer import load_config
@@ -121,9 +122,9 @@ def of_fold(
 def measure(config: RewardConfig, python: Path, draws: int) -> dict[str, Any]:
     """All four predictors on the held-out people of one fold, from the run's folder if they were
     measured there before, by the same recipe and with as many draws."""
-    finished = config.train.output_dir / FOLD_FILE
-    if finished.is_file():
-        found: dict[str, Any] = json.loads(finished.read_text(encoding="utf-8"))
+    measured = config.train.output_dir / FOLD_FILE
+    if measured.is_file():
+        found: dict[str, Any] = json.loads(measured.read_text(encoding="utf-8"))
         if same_run(found["np_btl"]["recipe"], config) and found["logit"]["draws"] == draws:
             return found | {"np_btl": without_folder(found["np_btl"])}
     metrics = trained(config)
@@ -142,18 +143,14 @@ def measure(config: RewardConfig, python: Path, draws: int) -> dict[str, Any]:
         for n, entry in found["contexts"].items():
             contexts[n][name] = entry
     found = {"np_btl": metrics, "logit": logits, "contexts": contexts}
-    finished.write_text(json.dumps(found) + "\n", encoding="utf-8")
+    measured.write_text(json.dumps(found) + "\n", encoding="utf-8")
     return found
 
 
 def trained(config: RewardConfig) -> dict[str, Any]:
     """NP-BTL's metrics, from the run's folder if it is finished there."""
-    finished = config.train.output_dir / METRICS_FILE
-    if finished.is_file():
-        metrics = json.loads(finished.read_text(encoding="utf-8"))
-        if same_run(metrics["recipe"], config):
-            return without_folder(metrics)
-    return without_folder(train_reward(config).metrics)
+    metrics = finished(config)
+    return without_folder(train_reward(config).metrics if metrics is None else metrics)
 
 
 def estimated(config: RewardConfig, python: Path, draws: int) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.kept_runs import finished, same_run
 from benchmarks.text_population import ROOT, make_choices
 from fssa_runtime.conditioning.layout import RowLayout
 from fssa_runtime.errors import InputError
@@ -28,9 +29,9 @@ from fssa_runtime.files import write_atomically
 from fssa_runtime.models.language_model import LanguageModel
 from fssa_runtime.threads import set_threads
 from fssa_runtime.training.commands import train_reward_command
-from fssa_runtime.training.policy import METRICS_FILE, train_policy
+from fssa_runtime.training.policy import train_policy
 from fssa_runtime.training.policy_recipe import PolicyConfig
-from fssa_runtime.training.reward import METRICS_FILE as REWARD_METRICS
+from fssa_runtime.training.reward_recipe import RewardConfig
 from fssa_runtime.training.trainer import load_config
 
 RECIPES = ROOT / "recipes" / "text_study"
@@ -77,17 +78,14 @@ def planned(config: PolicyConfig, folder: Path, seed: int) -> tuple[PolicyConfig
 
     A run by it that was cut off is to be resumed, one by another recipe to be overwritten.
     """
-    here = {"output_dir": folder, "resume": False, "overwrite": True}
-    wanted = _with_train(config, here | {"seed": seed})
-    if (folder / METRICS_FILE).is_file():
-        metrics = json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))
-        if _with_train(PolicyConfig.model_validate(metrics["recipe"]), here) == wanted:
-            return wanted, metrics
-    if (folder / STARTED_FILE).is_file():
-        started = PolicyConfig.model_validate_json((folder / STARTED_FILE).read_bytes())
-        if _with_train(started, here) == wanted:
-            return _with_train(wanted, {"resume": True, "overwrite": False}), None
-    return wanted, None
+    settings = {"output_dir": folder, "seed": seed, "resume": False, "overwrite": True}
+    wanted = _with_train(config, settings)
+    metrics = finished(wanted)
+    if metrics is None and (folder / STARTED_FILE).is_file():
+        started = json.loads((folder / STARTED_FILE).read_text(encoding="utf-8"))
+        if same_run(started, wanted):
+            wanted = _with_train(wanted, {"resume": True, "overwrite": False})
+    return wanted, metrics
 
 
 def train(config: PolicyConfig, model: LanguageModel) -> dict[str, Any]:
@@ -159,7 +157,8 @@ def main() -> int:
         make_choices(RECIPES, RUNS)
     except InputError as error:
         parser.error(str(error))
-    if not (RUNS / "reward" / REWARD_METRICS).is_file():
+    reward_recipe = load_config(RECIPES / "reward.yaml", RewardConfig)
+    if finished(reward_recipe) is None:
         train_reward_command(RECIPES / "reward.yaml", resume=False, overwrite=True)
     model = LanguageModel.load(recipe.model, dtype=recipe.dtype, show_progress=True)
     by_seed = []
@@ -190,7 +189,7 @@ def main() -> int:
         "seeds": options.seeds,
         "not_trained_yet": missing,
         "numbers_a_user": sizes,
-        "reward": json.loads((RUNS / "reward" / REWARD_METRICS).read_text(encoding="utf-8")),
+        "reward": finished(reward_recipe),
         "summary": summary(by_seed),
         "runs": by_seed,
     }

@@ -19,8 +19,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.kept_runs import finished, without_folder
 from fssa_runtime.training.commands import option_reader, reading_progress
-from fssa_runtime.training.reward import METRICS_FILE, RewardConfig, train_reward
+from fssa_runtime.training.reward import RewardConfig, train_reward
 from fssa_runtime.training.trainer import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -89,11 +90,9 @@ def trained(file: str, data: Mapping[str, Any], seed: int, runs: Path) -> dict[s
         "train": recipe.train.model_dump() | settings | {"save_every": 0, "overwrite": True},
     }
     config = RewardConfig.model_validate(changed)
-    finished = folder / METRICS_FILE
-    if finished.is_file():
-        metrics = json.loads(finished.read_text(encoding="utf-8"))
-        if same_run(metrics["recipe"], config):
-            return without_folder(metrics)
+    metrics = finished(config)
+    if metrics is not None:
+        return without_folder(metrics)
     if config.options is None:
         return without_folder(train_reward(config).metrics)
     embed, read_by, base = option_reader(config.options)
@@ -107,26 +106,10 @@ def trained(file: str, data: Mapping[str, Any], seed: int, runs: Path) -> dict[s
     return without_folder(result.metrics)
 
 
-def same_run(recipe: Mapping[str, Any], config: RewardConfig) -> bool:
-    """Whether a recorded recipe is this one, wherever the run was kept and its data lay."""
-    return without_paths(recipe) == without_paths(config.model_dump(mode="json"))
-
-
-def without_paths(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    train = {k: v for k, v in recipe["train"].items() if k != "output_dir"}
-    data = {k: v for k, v in recipe["data"].items() if k != "files"}
-    return {**recipe, "train": train, "data": data}
-
-
 def folder_of(file: str, data: Mapping[str, Any], seed: int, runs: Path) -> Path:
     """Where a run and its checkpoint are kept."""
     changes = [f"{name}{value:g}" for name, value in data.items()]
     return runs / "_".join([Path(file).stem, *changes, f"seed{seed}"])
-
-
-def without_folder(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Metrics as they go into a result file, which should not depend on where runs were kept."""
-    return metrics | {"recipe": without_paths(metrics["recipe"])}
 
 
 def over_seeds(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -15,7 +15,6 @@ arXiv 2412.13998, NP-DPO; arXiv 2404.19733 for the second term; the third is thi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,6 @@ from ..conditioning.encoder import EncoderConfig, EncoderSettings, Latent, Prefe
 from ..conditioning.modulator import Modulator
 from ..env import process
 from ..errors import InputError
-from ..files import write_atomically
 from ..models.decoder import Decoder
 from ..models.language_model import LanguageModel
 from ..models.packed import PackedOptions
@@ -42,10 +40,9 @@ from .policy_recipe import PolicyConfig
 from .prompted import prompted_scores
 from .reward_model import load_reward
 from .tasks import EVALUATION, TaskDataset, TooFewChoicesError, collate_rows
-from .trainer import FitResult, fit
+from .trainer import FitResult, fit, write_metrics
 
 OPTIONS_FILE = "options.safetensors"
-METRICS_FILE = "metrics.json"
 CONDITIONING_DIR = "conditioning"
 SCALING_TASKS = 256
 
@@ -310,7 +307,7 @@ def _write_metrics(
         "train_seconds": seconds,
         "heldout": heldout,
     }
-    write_atomically(folder / METRICS_FILE, (json.dumps(metrics, indent=2) + "\n").encode())
+    write_metrics(folder, metrics)
     return metrics
 
 

@@ -6,7 +6,6 @@ Recipes are in `reward_recipe`, where tasks come from in `reward_sources`, the n
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,6 @@ from transformers import TrainerCallback
 
 from fssa_runtime.conditioning.encoder import antithetic_noise
 from fssa_runtime.env import process
-from fssa_runtime.files import write_atomically
 from fssa_runtime.training.evaluation import Scores, evaluate
 from fssa_runtime.training.reward_model import (
     RewardModel,
@@ -42,7 +40,7 @@ from fssa_runtime.training.reward_sources import (
 )
 from fssa_runtime.training.synthetic import Population, SyntheticTasks
 from fssa_runtime.training.tasks import OptionTask, collate_options
-from fssa_runtime.training.trainer import FitResult, cpu_threads, fit
+from fssa_runtime.training.trainer import FitResult, cpu_threads, fit, write_metrics
 
 __all__ = [
     "Embed",
@@ -60,7 +58,6 @@ __all__ = [
     "train_reward",
 ]
 
-METRICS_FILE = "metrics.json"
 # Of the noise that the predictive distribution is taken over; the same in every evaluation.
 NOISE_SEED = 0
 
@@ -130,7 +127,7 @@ def train_reward(
             embedding=config.options.embedding,
         )
     save_reward(model, folder, reading)
-    write_atomically(folder / METRICS_FILE, (json.dumps(metrics, indent=2) + "\n").encode())
+    write_metrics(folder, metrics)
     return RewardResult(model, metrics, outcome)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,11 +30,13 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from fssa_runtime.env import process
+from fssa_runtime.files import write_atomically
 from fssa_runtime.training.progress import Progress, shown_by
 
+METRICS_FILE = "metrics.json"  # of a run that came to its end
 _SETTINGS_FILE = "train_settings.json"
 # These may differ between a run and its continuation without changing the result.
-_NOT_DECISIVE = {
+NOT_DECISIVE = {
     "log_every",
     "save_every",
     "keep_checkpoints",
@@ -128,6 +130,11 @@ def load_config(path: str | Path, config_type: type[ConfigT]) -> ConfigT:
             for fault in error.errors()
         )
         raise ValueError(f"{path}: not a valid {config_type.__name__}\n{faults}") from error
+
+
+def write_metrics(folder: Path, metrics: Mapping[str, Any]) -> None:
+    """The metrics of a run that came to its end, in its folder."""
+    write_atomically(folder / METRICS_FILE, (json.dumps(metrics, indent=2) + "\n").encode())
 
 
 def training_device(settings: TrainSettings) -> torch.device:
@@ -344,7 +351,7 @@ def _prepare_output_dir(module: nn.Module, settings: TrainSettings) -> Path | No
     """Make the folder ready and return the checkpoint to resume from, if any."""
     folder = settings.output_dir
     existing = _checkpoints(folder)
-    decisive = settings.model_dump(mode="json", exclude=_NOT_DECISIVE)
+    decisive = settings.model_dump(mode="json", exclude=NOT_DECISIVE)
     record = folder / _SETTINGS_FILE
     checkpoint = None
     if settings.resume:

@@ -19,7 +19,6 @@ from fssa_runtime.models.packed import PackedOptions
 from fssa_runtime.training.data import read_preferences
 from fssa_runtime.training.policy import (
     CONDITIONING_DIR,
-    METRICS_FILE,
     PolicyObjective,
     train_policy,
 )
@@ -31,6 +30,7 @@ from fssa_runtime.training.policy_options import (
     prepare_options,
 )
 from fssa_runtime.training.policy_recipe import PolicyConfig
+from fssa_runtime.training.trainer import METRICS_FILE
 
 from .conditioned import small_model
 from .models import reference_model
