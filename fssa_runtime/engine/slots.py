@@ -7,7 +7,6 @@ users than slots the one unused for longest is filled anew, which costs a produc
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +14,7 @@ import torch
 from ..conditioning.table import ModulationTable
 from ..conditioning.user_weights import UserWeights
 from ..errors import InputError
+from .references import References
 
 
 @dataclass
@@ -33,8 +33,7 @@ class SlotCache:
         self.stats = SlotStats()
         self._table = table
         self._slots: dict[bytes, int] = {}
-        self._references: dict[bytes, int] = {}
-        self._idle: OrderedDict[bytes, None] = OrderedDict()
+        self._references: References[bytes] = References()
 
     @property
     def num_slots(self) -> int:
@@ -58,14 +57,14 @@ class SlotCache:
         self.stats.wanted += 1
         if key in self._slots:
             self.stats.found += 1
-            self._idle.pop(key, None)
         else:
             row = weights.make_row().to(self._table.rows.device)
-            if not self._table.num_free and self._idle:
-                self._drop(next(iter(self._idle)))
+            longest_idle = self._references.longest_idle
+            if not self._table.num_free and longest_idle is not None:
+                self._drop(longest_idle)
             self._slots[key] = self._table.add(row)
             self.stats.filled += 1
-        self._references[key] = self._references.get(key, 0) + 1
+        self._references.add(key)
         return self._slots[key]
 
     def release(self, weights: UserWeights) -> None:
@@ -74,30 +73,23 @@ class SlotCache:
         Raises:
             ValueError: nothing refers to these weights.
         """
-        key = weights.fingerprint
-        count = self._references.get(key, 0)
-        if count == 0:
-            raise ValueError("weights are released that nothing refers to")
-        if count > 1:
-            self._references[key] = count - 1
-            return
-        del self._references[key]
-        self._idle[key] = None
+        self._references.release(weights.fingerprint)
 
     def forget(self, weights: UserWeights) -> None:
         """Clear the slot of a user who is gone, if no request refers to it any more."""
-        if weights.fingerprint in self._idle:
+        if self._references.is_idle(weights.fingerprint):
             self._drop(weights.fingerprint)
 
     def check(self) -> None:
         """Raise AssertionError unless every slot is accounted for exactly once."""
         assert len(set(self._slots.values())) == len(self._slots), "a slot is used twice"
-        assert self._references.keys() | self._idle.keys() == self._slots.keys()
-        assert not self._references.keys() & self._idle.keys()
+        self._references.check()
+        assert len(self._references) == len(self._slots), "a slot's weights are not known"
+        assert all(key in self._references for key in self._slots)
         assert len(self._slots) + self._table.num_free == self.num_slots, "a slot is lost"
 
     def _drop(self, key: bytes) -> None:
-        del self._idle[key]
+        self._references.forget(key)
         self._table.remove(self._slots.pop(key))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from ..engine.references import References
 
 
 class SlotTable:
@@ -10,26 +10,18 @@ class SlotTable:
 
     def __init__(self, num_slots: int) -> None:
         self._num_slots = num_slots
-        self._held: dict[int, int] = {}
-        self._idle: OrderedDict[int, None] = OrderedDict()
+        self._users: References[int] = References()
 
     def acquire(self, user: int) -> bool:
         """Hold a user's row; whether it was there. Otherwise the row unused for longest goes."""
-        held = self._held.get(user, 0)
-        self._held[user] = held + 1
-        if held:
-            return True
-        if user in self._idle:
-            del self._idle[user]
-            return True
-        if len(self._held) + len(self._idle) > self._num_slots:
-            assert self._idle, "more users in flight than slots"
-            self._idle.popitem(last=False)
-        return False
+        found = user in self._users
+        self._users.add(user)
+        if len(self._users) > self._num_slots:
+            longest_idle = self._users.longest_idle
+            assert longest_idle is not None, "more users in flight than slots"
+            self._users.forget(longest_idle)
+        return found
 
     def release(self, user: int) -> None:
         """Hold it once less."""
-        self._held[user] -= 1
-        if not self._held[user]:
-            del self._held[user]
-            self._idle[user] = None
+        self._users.release(user)

@@ -39,7 +39,7 @@ def llm(model: LanguageModel) -> Iterator[LLM]:
     made.engine.scheduler.check()
     assert made.engine.scheduler.pool.num_free == made.engine.cache.num_pages
     assert made.engine.slots is not None
-    assert not made.engine.slots._references
+    assert not made.engine.slots._references.num_referred
 
 
 def run(test: Callable[[], Awaitable[None]]) -> None:

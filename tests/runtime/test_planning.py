@@ -174,7 +174,7 @@ def test_preemption_loses_nothing() -> None:
     assert (result.requests, result.output_tokens, result.itl.count) == (8, 2400, 8 * 299)
     machine.scheduler.check()
     assert machine.scheduler.pool.num_free == 40
-    assert not machine._slots._held
+    assert not machine._slots._users.num_referred
 
 
 def test_the_seed_decides_everything_but_the_hosts_time() -> None:
