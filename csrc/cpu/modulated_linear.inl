@@ -14,6 +14,8 @@ struct Ahead {
 struct NothingAhead {};
 
 constexpr int64_t kStepBytes = kPanelColumns * 4;
+// How far beyond the next panel may be brought.
+constexpr int64_t kLeadBytes = 64 * 1024;
 
 template <int kRows>
 FSSA_INLINE void fetch(NothingAhead&) {}
@@ -285,13 +287,13 @@ FSSA_INLINE void low_rank(const ModulatedLinearCall& a, int64_t num_tokens, Team
 // acc += v B^T for kRows rows of one panel.
 template <int kRows, typename B>
 FSSA_INLINE void expand_packed(const ModulatedLinearCall& a, int64_t t, int64_t panel,
-                               Vec (&acc)[kRows][2]) {
+                               Vec (&acc)[kRows][2], Ahead& ahead) {
   const Half* halves = a.halves + 2 * panel;
   const SpacedRows<kRows, B> v(
       static_cast<const B*>(a.low_rank) + t * a.width() + halves[0].split * a.rank, a.width());
   const int64_t apart = (halves[1].valid ? halves[1].split - halves[0].split : 0) * a.rank;
   const B* b = packed_at<B>(a.lora_b.data, panel * panel_bytes(a.lora_b.dtype, a.rank));
-  accumulate(v, b, a.rank, acc, NothingAhead{}, kPanelColumns, apart);
+  accumulate(v, b, a.rank, acc, ahead, kPanelColumns, apart);
 }
 
 // The same with each row's own B.
@@ -353,28 +355,28 @@ FSSA_INLINE void store_activated(const ModulatedLinearCall& a, int64_t t, const 
 }
 
 // Rows [t, t + kRows) of one panel, from the product to the stored result. `ready` is called once
-// the product is done and before the low-rank term is needed. Returns what is left of the queue.
-// Sums are named by constants alone, in loops that are unrolled: so they stay in registers.
+// the product is done and before the low-rank term is needed; `brought` goes on in both. Sums are
+// named by constants alone, in loops that are unrolled: so they stay in registers.
 template <int kRows, typename T, typename Ready>
-FSSA_NOINLINE Span* tile(const ModulatedLinearCall& a, int64_t t, int64_t panel,
-                         const Ready& ready, Ahead ahead) {
+FSSA_NOINLINE void tile(const ModulatedLinearCall& a, int64_t t, int64_t panel,
+                        const Ready& ready, Ahead& brought) {
   const SpacedRows<kRows, T> x(static_cast<const T*>(a.x) + t * a.x_stride, a.x_stride);
   Vec acc[kRows][2];
   FSSA_UNROLL
   for (int r = 0; r < kRows; ++r) acc[r][0] = acc[r][1] = broadcast(0.0f);
-  Span* queue = ahead.queue;
+  Ahead ahead = brought;
   accumulate(x, packed_at<T>(a.panel(panel), 0), a.in_features, acc, ahead);
-  queue = unread(ahead, queue);
   ready();
   if (a.family == Family::kFactors) {
     expand_own(a, t, panel, acc);
   } else if (a.family != Family::kNone) {
     if (a.lora_b.dtype == DType::kFloat32) {
-      expand_packed<kRows, float>(a, t, panel, acc);
+      expand_packed<kRows, float>(a, t, panel, acc, ahead);
     } else {
-      expand_packed<kRows, BFloat16>(a, t, panel, acc);
+      expand_packed<kRows, BFloat16>(a, t, panel, acc, ahead);
     }
   }
+  brought = ahead;
   const Half* halves = a.halves + 2 * panel;
   if (a.bias != nullptr) {
     FSSA_UNROLL
@@ -386,7 +388,7 @@ FSSA_NOINLINE Span* tile(const ModulatedLinearCall& a, int64_t t, int64_t panel,
   }
   if (a.epilogue != Epilogue::kNone) {
     store_activated(a, t, halves[0], acc);
-    return queue;
+    return;
   }
   FSSA_UNROLL
   for (int h = 0; h < 2; ++h) {
@@ -397,18 +399,18 @@ FSSA_NOINLINE Span* tile(const ModulatedLinearCall& a, int64_t t, int64_t panel,
       store_half(static_cast<BFloat16*>(a.y) + at, a.y_stride, halves[h].valid, acc, h);
     }
   }
-  return queue;
 }
 
 template <int kRows, typename T, typename Ready>
-FSSA_INLINE Span* tile_of(int64_t rows, const ModulatedLinearCall& a, int64_t t, int64_t panel,
-                          const Ready& ready, Ahead ahead) {
+FSSA_INLINE void tile_of(int64_t rows, const ModulatedLinearCall& a, int64_t t, int64_t panel,
+                         const Ready& ready, Ahead& ahead) {
   if constexpr (kRows > 1) {
     if (rows < kRows) {
-      return tile_of<kRows - 1, T>(rows, a, t, panel, ready, ahead);
+      tile_of<kRows - 1, T>(rows, a, t, panel, ready, ahead);
+      return;
     }
   }
-  return tile<kRows, T>(a, t, panel, ready, ahead);
+  tile<kRows, T>(a, t, panel, ready, ahead);
 }
 
 // This thread's part of `tiles`. Each is two halves wide, and a tile of the shrink is one, so that
@@ -454,20 +456,26 @@ void modulated_linear(const ModulatedLinearCall& a, Team& team) {
     const int64_t begin = larger(mine.first, start);
     const int64_t end = smaller(mine.last, start + num_panels * height);
     int64_t panel = (begin - start) / height, tile = of_chunk.first + (begin - start) % height;
+    // While a panel is computed, the next one comes from memory and, since the low-rank term has
+    // steps too, something of the one after it. With the last panel comes what follows.
+    const char* const stop = a.panel((end - 1 - start) / height + 1);
+    const char* brought = a.panel(panel + 1);
     for (int64_t i = begin; i < end; ++panel, tile = of_chunk.first) {
       fetch_expand(a, panel);
-      // The next panel comes from memory while the tiles of this one are computed.
-      Span next = team.upcoming();
-      if (i + of_chunk.last - tile < mine.last) {
-        next = {a.panel(panel + 1 < num_panels ? panel + 1 : 0), a.panel_bytes()};
+      const char* const bound = a.panel(panel + 2) + kLeadBytes;
+      Ahead ahead{brought, bound < stop ? bound : stop, queue, team.meanwhile_end()};
+      if (a.panel(panel + 1) == stop) {
+        const Span next = end < mine.last ? Span{a.panel(0), a.panel_bytes()} : team.upcoming();
+        ahead.at = next.data;
+        ahead.end = next.data + next.bytes;
       }
-      const Runs pieces(next.bytes, height);
+      brought = ahead.end;
       for (; tile < of_chunk.last && i < end; ++tile, ++i) {
-        const int64_t j = tile - of_chunk.first, first = rows.begin(tile);
-        const Ahead ahead{next.data + pieces.begin(j), next.data + pieces.begin(j + 1), queue,
-                          team.meanwhile_end()};
-        queue = tile_of<kMaxRows, T>(rows.begin(tile + 1) - first, a, first, panel, ready, ahead);
+        const int64_t first = rows.begin(tile);
+        tile_of<kMaxRows, T>(rows.begin(tile + 1) - first, a, first, panel, ready, ahead);
       }
+      if (ahead.queue == queue && ahead.at < brought) brought = ahead.at;
+      queue = unread(ahead, queue);
     }
   }
   ready();
