@@ -61,7 +61,8 @@ std::shared_ptr<Call> modulated_linear(const Rows& rows_count, Address y, int64_
                                        Address weight, Address bias, const Side& lora_a,
                                        const Side& lora_b, const Side& rows, Address slots,
                                        Address halves, int64_t num_halves, Address low_rank,
-                                       Address unmixed, int64_t num_splits, int64_t in_features, int64_t rank,
+                                       Address unmixed, Address widened, int64_t num_splits,
+                                       int64_t in_features, int64_t rank,
                                        int64_t num_users, int family, int epilogue) {
   auto call = std::make_shared<ModulatedLinearCall>();
   call->count = rows_count.count;
@@ -81,6 +82,7 @@ std::shared_ptr<Call> modulated_linear(const Rows& rows_count, Address y, int64_
   call->num_halves = num_halves;
   call->low_rank = out<void>(low_rank);
   call->unmixed = out<float>(unmixed);
+  call->widened = out<float>(widened);
   call->num_splits = num_splits;
   call->in_features = in_features;
   call->rank = rank;

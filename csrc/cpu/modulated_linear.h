@@ -91,6 +91,7 @@ struct ModulatedLinearCall final : Call {
   const Half* halves = nullptr;
   void* low_rank = nullptr;   // [T,S*R] scratch of lora_b's dtype; factors: fp32
   float* unmixed = nullptr;   // [T,S*R] scratch; core only
+  float* widened = nullptr;   // [T,K] scratch; x of bf16 only
   int64_t num_halves = 0;     // even
   int64_t num_splits = 0;
   int64_t in_features = 0;

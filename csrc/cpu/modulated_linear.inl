@@ -17,10 +17,10 @@ constexpr int64_t kStepBytes = kPanelColumns * 4;
 // How far beyond the next panel may be brought.
 constexpr int64_t kLeadBytes = 64 * 1024;
 
-template <int kRows>
+template <int kRows, int kBytes>
 FSSA_INLINE void fetch(NothingAhead&) {}
 
-template <int kRows>
+template <int kRows, int kBytes>
 FSSA_INLINE void fetch(Ahead& ahead) {
   if (ahead.at >= ahead.end) {
     if (ahead.queue == ahead.queue_end) return;
@@ -28,11 +28,10 @@ FSSA_INLINE void fetch(Ahead& ahead) {
     ahead.end = ahead.at + ahead.queue->bytes;
     ++ahead.queue;
   }
-  prefetch(ahead.at);
-  // A step of few rows is too short for two requests; the machine's own prefetcher, which takes
-  // lines in pairs, brings the second. Measured: 1 to 3 rows 10 to 25 % faster, 4 and more slower.
-  if (kRows > 3) prefetch(ahead.at + kStepBytes / 2);
-  ahead.at += kStepBytes;
+  constexpr int kEvery = kRows < kBothLinesRows ? 2 : 1;
+  FSSA_UNROLL
+  for (int line = 0; line < kBytes / 64; line += kEvery) prefetch(ahead.at + 64 * line);
+  ahead.at += kBytes;
 }
 
 // The queue, which began at `queue`, after a loop: what is left of the piece at hand goes back.
@@ -51,6 +50,8 @@ FSSA_INLINE int64_t second(int64_t distance) { return distance; }
 // Rows of x at any places.
 template <typename T>
 struct ScatteredRows {
+  using Value = T;
+
   const T* const* rows;
   int64_t column = 0;
 
@@ -63,6 +64,8 @@ struct ScatteredRows {
 // of a product that is bound by its multiplications.
 template <int kRows, typename T>
 struct SpacedRows {
+  using Value = T;
+
   const T* fours[(kRows + 3) / 4];
   int64_t distance, thrice;
 
@@ -84,23 +87,68 @@ struct SpacedRows {
   }
 };
 
+// The bits of a number that bf16 holds.
+FSSA_INLINE uint32_t as_bf16_bits(BFloat16 value) { return value.bits; }
+FSSA_INLINE uint32_t as_bf16_bits(float value) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof bits);
+  return bits >> 16;
+}
+
+// The products of column kColumn from here on, which lies in the pairs at `w`.
+template <int kColumn, int kRows, int kHalves, typename Rows, typename Apart>
+FSSA_INLINE void add_column(const Rows& x, const uint32_t* w, Vec (&acc)[kRows][kHalves],
+                            Apart apart) {
+  Vec columns[kHalves];
+  FSSA_UNROLL
+  for (int h = 0; h < kHalves; ++h) {
+    const Pairs pairs = load_pairs(w + kHalfColumns * h);
+    columns[h] = kColumn % 2 ? high(pairs) : low(pairs);
+  }
+  FSSA_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    FSSA_UNROLL
+    for (int h = 0; h < kHalves; ++h) {
+      add_product(acc[r][h], columns[h], x.at(r) + kColumn + h * second(apart));
+    }
+  }
+}
+
 // acc += x W^T for kRows rows and the first kHalves halves at `panel`, of a packed matrix [*, k]
 // whose next column pair is `step` words away.
-template <int kRows, int kHalves, typename Rows, typename Next, typename Apart = Same>
+template <int kAheadBytes = kStepBytes, int kRows, int kHalves, typename Rows, typename Next,
+          typename Apart = Same>
 FSSA_INLINE void accumulate(Rows x, const BFloat16* panel, int64_t k, Vec (&acc)[kRows][kHalves],
                             Next&& ahead, int64_t step = kPanelColumns, Apart apart = {}) {
   const uint32_t* w = reinterpret_cast<const uint32_t*>(panel);
-  for (int64_t p = 0; p < k / 2; ++p, w += step) {
-    Pairs columns[kHalves];
-    FSSA_UNROLL
-    for (int h = 0; h < kHalves; ++h) columns[h] = load_pairs(w + kHalfColumns * h);
-    fetch<kRows>(ahead);
-    FSSA_UNROLL
-    for (int r = 0; r < kRows; ++r) {
+  int64_t p = 0;
+  if constexpr (sizeof(typename Rows::Value) == 4) {
+    // Two pairs at a time: what a step does beside multiplying is a sixth of its instructions.
+    for (; p + 2 <= k / 2; p += 2, w += 2 * step) {
+      fetch<kRows, 2 * kAheadBytes>(ahead);
+      add_column<0>(x, w, acc, apart);
+      add_column<1>(x, w, acc, apart);
+      add_column<2>(x, w + step, acc, apart);
+      add_column<3>(x, w + step, acc, apart);
+      x.advance(4);
+    }
+  }
+  for (; p < k / 2; ++p, w += step) {
+    if constexpr (sizeof(typename Rows::Value) == 4) {
+      add_column<0>(x, w, acc, apart);
+      add_column<1>(x, w, acc, apart);
+    } else {
+      Pairs columns[kHalves];
       FSSA_UNROLL
-      for (int h = 0; h < kHalves; ++h) {
-        const Pairs pair = broadcast_pair(x.at(r) + h * second(apart));
-        acc[r][h] = dot_pairs(acc[r][h], columns[h], pair);
+      for (int h = 0; h < kHalves; ++h) columns[h] = load_pairs(w + kHalfColumns * h);
+      fetch<kRows, kAheadBytes>(ahead);
+      FSSA_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        FSSA_UNROLL
+        for (int h = 0; h < kHalves; ++h) {
+          const Pairs pair = broadcast_pair(x.at(r) + h * second(apart));
+          acc[r][h] = dot_pairs(acc[r][h], columns[h], pair);
+        }
       }
     }
     x.advance(2);
@@ -110,14 +158,15 @@ FSSA_INLINE void accumulate(Rows x, const BFloat16* panel, int64_t k, Vec (&acc)
     for (int r = 0; r < kRows; ++r) {
       FSSA_UNROLL
       for (int h = 0; h < kHalves; ++h) {
-        const Pairs pair = broadcast_bits(x.at(r)[h * second(apart)].bits);
+        const Pairs pair = broadcast_bits(as_bf16_bits(x.at(r)[h * second(apart)]));
         acc[r][h] = dot_pairs(acc[r][h], load_pairs(w + kHalfColumns * h), pair);
       }
     }
   }
 }
 
-template <int kRows, int kHalves, typename Rows, typename Next, typename Apart = Same>
+template <int kAheadBytes = kStepBytes, int kRows, int kHalves, typename Rows, typename Next,
+          typename Apart = Same>
 FSSA_INLINE void accumulate(Rows x, const float* panel, int64_t k, Vec (&acc)[kRows][kHalves],
                             Next&& ahead, int64_t step = kPanelColumns, Apart apart = {}) {
   const float* w = panel;
@@ -125,13 +174,12 @@ FSSA_INLINE void accumulate(Rows x, const float* panel, int64_t k, Vec (&acc)[kR
     Vec columns[kHalves];
     FSSA_UNROLL
     for (int h = 0; h < kHalves; ++h) columns[h] = load(w + kHalfColumns * h);
-    fetch<kRows>(ahead);
+    fetch<kRows, kAheadBytes>(ahead);
     FSSA_UNROLL
     for (int r = 0; r < kRows; ++r) {
       FSSA_UNROLL
       for (int h = 0; h < kHalves; ++h) {
-        const Vec value = broadcast(to_float(x.at(r)[h * second(apart)]));
-        acc[r][h] = fma(columns[h], value, acc[r][h]);
+        add_product(acc[r][h], columns[h], x.at(r) + h * second(apart));
       }
     }
     x.advance(1);
@@ -142,6 +190,12 @@ FSSA_INLINE void accumulate(Rows x, const float* panel, int64_t k, Vec (&acc)[kR
 template <typename W>
 FSSA_INLINE const W* packed_at(const void* packed, int64_t bytes) {
   return reinterpret_cast<const W*>(static_cast<const char*>(packed) + bytes);
+}
+
+// The same, at half `half` of the panel that begins there.
+template <typename W>
+FSSA_INLINE const W* half_at(const void* packed, int64_t bytes, int half) {
+  return packed_at<W>(packed, bytes + half * (kStepBytes / 2));
 }
 
 // Dot products of x with `num` rows of a row-major matrix.
@@ -284,36 +338,40 @@ FSSA_INLINE void low_rank(const ModulatedLinearCall& a, int64_t num_tokens, Team
   }
 }
 
-// acc += v B^T for kRows rows of one panel.
-template <int kRows, typename B>
-FSSA_INLINE void expand_packed(const ModulatedLinearCall& a, int64_t t, int64_t panel,
-                               Vec (&acc)[kRows][2], Ahead& ahead) {
-  const Half* halves = a.halves + 2 * panel;
+// acc += v B^T for kRows rows and kHalves halves of a panel, from half `first` on.
+template <int kRows, int kHalves, typename B>
+FSSA_INLINE void expand_packed(const ModulatedLinearCall& a, int64_t t, int64_t panel, int first,
+                               Vec (&acc)[kRows][kHalves], Ahead& ahead) {
+  const Half* halves = a.halves + 2 * panel + first;
   const SpacedRows<kRows, B> v(
       static_cast<const B*>(a.low_rank) + t * a.width() + halves[0].split * a.rank, a.width());
-  const int64_t apart = (halves[1].valid ? halves[1].split - halves[0].split : 0) * a.rank;
-  const B* b = packed_at<B>(a.lora_b.data, panel * panel_bytes(a.lora_b.dtype, a.rank));
-  accumulate(v, b, a.rank, acc, ahead, kPanelColumns, apart);
+  const B* b = half_at<B>(a.lora_b.data, panel * panel_bytes(a.lora_b.dtype, a.rank), first);
+  if constexpr (kHalves == 1) {
+    accumulate<kStepBytes / 2>(v, b, a.rank, acc, ahead);
+  } else {
+    const int64_t apart = (halves[1].valid ? halves[1].split - halves[0].split : 0) * a.rank;
+    accumulate(v, b, a.rank, acc, ahead, kPanelColumns, apart);
+  }
 }
 
 // The same with each row's own B.
-template <int kRows>
-FSSA_INLINE void expand_own(const ModulatedLinearCall& a, int64_t t, int64_t panel,
-                            Vec (&acc)[kRows][2]) {
-  float term[kRows][kPanelColumns] = {};
-  for (int h = 0; h < 2; ++h) {
-    const Half& half = a.halves[2 * panel + h];
+template <int kRows, int kHalves>
+FSSA_INLINE void expand_own(const ModulatedLinearCall& a, int64_t t, int64_t panel, int first,
+                            Vec (&acc)[kRows][kHalves]) {
+  float term[kRows][kHalves][kHalfColumns] = {};
+  for (int h = 0; h < kHalves; ++h) {
+    const Half& half = a.halves[2 * panel + first + h];
     for (int r = 0; r < kRows; ++r) {
       const float* v = static_cast<const float*>(a.low_rank) + (t + r) * a.width();
       dots_any(v + half.split * a.rank, a.lora_b,
                a.slots[t + r] * a.lora_b.user_stride + half.row * a.lora_b.stride, a.rank,
-               half.valid, term[r] + h * kHalfColumns);
+               half.valid, term[r][h]);
     }
   }
   FSSA_UNROLL
   for (int r = 0; r < kRows; ++r) {
-    acc[r][0] = add(acc[r][0], load(term[r]));
-    acc[r][1] = add(acc[r][1], load(term[r] + kHalfColumns));
+    FSSA_UNROLL
+    for (int h = 0; h < kHalves; ++h) acc[r][h] = add(acc[r][h], load(term[r][h]));
   }
 }
 
@@ -326,8 +384,8 @@ FSSA_INLINE void fetch_expand(const ModulatedLinearCall& a, int64_t panel) {
 }
 
 // y = the sums of kRows rows of one half.
-template <int kRows, typename Y>
-FSSA_INLINE void store_half(Y* y, int64_t stride, int64_t valid, const Vec (&acc)[kRows][2],
+template <int kRows, int kHalves, typename Y>
+FSSA_INLINE void store_half(Y* y, int64_t stride, int64_t valid, const Vec (&acc)[kRows][kHalves],
                             int h) {
   if (valid == kHalfColumns) {
     FSSA_UNROLL
@@ -338,79 +396,91 @@ FSSA_INLINE void store_half(Y* y, int64_t stride, int64_t valid, const Vec (&acc
   }
 }
 
-// y = activation(gate) up for kRows rows of a panel whose halves are the two.
+// y = activation(gate) up for kRows rows of a panel whose halves are the two. Both in memory: the
+// loop over them is too long to be unrolled.
 template <int kRows>
 FSSA_INLINE void store_activated(const ModulatedLinearCall& a, int64_t t, const Half& half,
-                                 const Vec (&acc)[kRows][2]) {
-  Vec gates[kRows], ups[kRows];  // in memory: the loop over them is too long to be unrolled
-  FSSA_UNROLL
+                                 const Vec (&sums)[2][kRows]) {
   for (int r = 0; r < kRows; ++r) {
-    gates[r] = acc[r][0];
-    ups[r] = acc[r][1];
-  }
-  for (int r = 0; r < kRows; ++r) {
-    const Vec gate = a.epilogue == Epilogue::kSiluMul ? silu(gates[r]) : gelu_tanh(gates[r]);
-    store_as(a.y, a.y_dtype, (t + r) * a.y_stride + half.column, mul(gate, ups[r]), half.valid);
+    const Vec gate = a.epilogue == Epilogue::kSiluMul ? silu(sums[0][r]) : gelu_tanh(sums[0][r]);
+    store_as(a.y, a.y_dtype, (t + r) * a.y_stride + half.column, mul(gate, sums[1][r]),
+             half.valid);
   }
 }
 
-// Rows [t, t + kRows) of one panel, from the product to the stored result. `ready` is called once
-// the product is done and before the low-rank term is needed; `brought` goes on in both. Sums are
-// named by constants alone, in loops that are unrolled: so they stay in registers.
-template <int kRows, typename T, typename Ready>
-FSSA_NOINLINE void tile(const ModulatedLinearCall& a, int64_t t, int64_t panel,
-                        const Ready& ready, Ahead& brought) {
-  const SpacedRows<kRows, T> x(static_cast<const T*>(a.x) + t * a.x_stride, a.x_stride);
-  Vec acc[kRows][2];
-  FSSA_UNROLL
-  for (int r = 0; r < kRows; ++r) acc[r][0] = acc[r][1] = broadcast(0.0f);
+// The rows of x as a product reads them.
+template <typename X>
+struct Input {
+  const X* x;
+  int64_t stride;
+};
+
+// Rows [t, t + kRows) of one panel, from the product to the stored result, as many halves at a time
+// as the registers hold sums of. `ready` is called once the product is done and before the low-rank
+// term is needed; `brought` goes on in both. Sums are named by constants alone, in loops that are
+// unrolled: so they stay in registers.
+template <int kRows, typename T, typename X, typename Ready>
+FSSA_NOINLINE void tile(const ModulatedLinearCall& a, const Input<X>& input, int64_t t,
+                        int64_t panel, const Ready& ready, Ahead& brought) {
+  constexpr int kHalves = 2 * kRows <= kMaxSums ? 2 : 1;
+  Vec activated[2][kRows];
   Ahead ahead = brought;
-  accumulate(x, packed_at<T>(a.panel(panel), 0), a.in_features, acc, ahead);
-  ready();
-  if (a.family == Family::kFactors) {
-    expand_own(a, t, panel, acc);
-  } else if (a.family != Family::kNone) {
-    if (a.lora_b.dtype == DType::kFloat32) {
-      expand_packed<kRows, float>(a, t, panel, acc, ahead);
-    } else {
-      expand_packed<kRows, BFloat16>(a, t, panel, acc, ahead);
+  for (int first = 0; first < 2; first += kHalves) {
+    const SpacedRows<kRows, X> x(input.x + t * input.stride, input.stride);
+    Vec acc[kRows][kHalves];
+    FSSA_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      FSSA_UNROLL
+      for (int h = 0; h < kHalves; ++h) acc[r][h] = broadcast(0.0f);
+    }
+    accumulate<kStepBytes / 2 * kHalves>(x, half_at<T>(a.panel(panel), 0, first), a.in_features,
+                                         acc, ahead);
+    ready();
+    if (a.family == Family::kFactors) {
+      expand_own(a, t, panel, first, acc);
+    } else if (a.family != Family::kNone) {
+      if (a.lora_b.dtype == DType::kFloat32) {
+        expand_packed<kRows, kHalves, float>(a, t, panel, first, acc, ahead);
+      } else {
+        expand_packed<kRows, kHalves, BFloat16>(a, t, panel, first, acc, ahead);
+      }
+    }
+    const Half* halves = a.halves + 2 * panel + first;
+    if (a.bias != nullptr) {
+      FSSA_UNROLL
+      for (int h = 0; h < kHalves; ++h) {
+        const Vec bias = load_first_as(a.bias, a.dtype, halves[h].row, halves[h].valid);
+        FSSA_UNROLL
+        for (int r = 0; r < kRows; ++r) acc[r][h] = add(acc[r][h], bias);
+      }
+    }
+    FSSA_UNROLL
+    for (int h = 0; h < kHalves; ++h) {
+      const int64_t at = t * a.y_stride + halves[h].column;
+      if (a.epilogue != Epilogue::kNone) {
+        FSSA_UNROLL
+        for (int r = 0; r < kRows; ++r) activated[first + h][r] = acc[r][h];
+      } else if (a.y_dtype == DType::kFloat32) {
+        store_half(static_cast<float*>(a.y) + at, a.y_stride, halves[h].valid, acc, h);
+      } else {
+        store_half(static_cast<BFloat16*>(a.y) + at, a.y_stride, halves[h].valid, acc, h);
+      }
     }
   }
   brought = ahead;
-  const Half* halves = a.halves + 2 * panel;
-  if (a.bias != nullptr) {
-    FSSA_UNROLL
-    for (int h = 0; h < 2; ++h) {
-      const Vec bias = load_first_as(a.bias, a.dtype, halves[h].row, halves[h].valid);
-      FSSA_UNROLL
-      for (int r = 0; r < kRows; ++r) acc[r][h] = add(acc[r][h], bias);
-    }
-  }
-  if (a.epilogue != Epilogue::kNone) {
-    store_activated(a, t, halves[0], acc);
-    return;
-  }
-  FSSA_UNROLL
-  for (int h = 0; h < 2; ++h) {
-    const int64_t at = t * a.y_stride + halves[h].column;
-    if (a.y_dtype == DType::kFloat32) {
-      store_half(static_cast<float*>(a.y) + at, a.y_stride, halves[h].valid, acc, h);
-    } else {
-      store_half(static_cast<BFloat16*>(a.y) + at, a.y_stride, halves[h].valid, acc, h);
-    }
-  }
+  if (a.epilogue != Epilogue::kNone) store_activated(a, t, a.halves[2 * panel], activated);
 }
 
-template <int kRows, typename T, typename Ready>
-FSSA_INLINE void tile_of(int64_t rows, const ModulatedLinearCall& a, int64_t t, int64_t panel,
-                         const Ready& ready, Ahead& ahead) {
+template <int kRows, typename T, typename X, typename Ready>
+FSSA_INLINE void tile_of(int64_t rows, const ModulatedLinearCall& a, const Input<X>& input,
+                         int64_t t, int64_t panel, const Ready& ready, Ahead& ahead) {
   if constexpr (kRows > 1) {
     if (rows < kRows) {
-      tile_of<kRows - 1, T>(rows, a, t, panel, ready, ahead);
+      tile_of<kRows - 1, T>(rows, a, input, t, panel, ready, ahead);
       return;
     }
   }
-  tile<kRows, T>(a, t, panel, ready, ahead);
+  tile<kRows, T>(a, input, t, panel, ready, ahead);
 }
 
 // This thread's part of `tiles`. Each is two halves wide, and a tile of the shrink is one, so that
@@ -424,28 +494,17 @@ FSSA_INLINE Range product_share(const Team& team, int64_t shrink_tiles, int64_t 
   return {bound(team.index()), bound(team.index() + 1)};
 }
 
-template <typename T>
-void modulated_linear(const ModulatedLinearCall& a, Team& team) {
-  const int64_t num_tokens = a.count.get();
-  const bool modulated = a.family != Family::kNone;
-  if (modulated) {
-    low_rank<T>(a, num_tokens, team);
-    team.arrive();
-  }
-  // The others' part of the low-rank term is waited for when the first product is done: by then
-  // they have long had it.
-  bool waited = !modulated;
-  const auto ready = [&] {
-    if (!waited) team.wait();
-    waited = true;
-  };
+// This thread's part of the product, by tiles. `ready` as in `tile`.
+template <typename T, typename X, typename Ready>
+FSSA_INLINE void product(const ModulatedLinearCall& a, const Input<X>& input, int64_t num_tokens,
+                         Team& team, const Ready& ready) {
   // Tiles in chunks whose x stays in L2 while the panels pass.
   constexpr int64_t kChunkBytes = 256 * 1024;
-  const int64_t row_bytes = larger(1, a.in_features * size_of(a.dtype));
+  const int64_t row_bytes = larger(1, a.in_features * static_cast<int64_t>(sizeof(X)));
   const int64_t num_panels = a.num_panels(), tiles = num_tiles(num_tokens);
   const int64_t chunk_tiles = larger(1, kChunkBytes / row_bytes / kMaxRows);
   const int64_t chunks = (tiles + chunk_tiles - 1) / chunk_tiles;
-  const bool shrinks = modulated && a.family != Family::kFactors;
+  const bool shrinks = a.family != Family::kNone && a.family != Family::kFactors;
   const Range mine =
       product_share(team, shrinks ? a.shrink_halves() * tiles : 0, num_panels * tiles);
   const Runs rows(num_tokens, tiles);
@@ -472,12 +531,50 @@ void modulated_linear(const ModulatedLinearCall& a, Team& team) {
       brought = ahead.end;
       for (; tile < of_chunk.last && i < end; ++tile, ++i) {
         const int64_t first = rows.begin(tile);
-        tile_of<kMaxRows, T>(rows.begin(tile + 1) - first, a, first, panel, ready, ahead);
+        tile_of<kMaxRows, T>(rows.begin(tile + 1) - first, a, input, first, panel, ready, ahead);
       }
       if (ahead.queue == queue && ahead.at < brought) brought = ahead.at;
       queue = unread(ahead, queue);
     }
   }
+}
+
+// This thread's part of x in fp32, for products of bf16 that are taken in fp32: once for every
+// number and not once for every sixteen columns it is multiplied with.
+FSSA_INLINE void widen_rows(const ModulatedLinearCall& a, int64_t num_tokens, const Team& team) {
+  const int64_t k = a.in_features;
+  const Range mine = team.share(num_tokens);
+  for (int64_t t = mine.first; t < mine.last; ++t) {
+    const BFloat16* x = static_cast<const BFloat16*>(a.x) + t * a.x_stride;
+    for (int64_t i = 0; i < k; i += 16) {
+      store_up_to(a.widened + t * k + i, load_up_to(x + i, k - i), k - i);
+    }
+  }
+}
+
+template <typename T>
+void modulated_linear(const ModulatedLinearCall& a, Team& team) {
+  const int64_t num_tokens = a.count.get();
+  const bool modulated = a.family != Family::kNone;
+  const bool widens = sizeof(T) == 2 && num_tokens >= kWidenedRows;
+  if (widens) widen_rows(a, num_tokens, team);
+  if (modulated) low_rank<T>(a, num_tokens, team);
+  if (modulated || widens) team.arrive();
+  // The others' part of the low-rank term is waited for when the first product is done: by then
+  // they have long had it.
+  bool waited = !modulated && !widens;
+  const auto ready = [&] {
+    if (!waited) team.wait();
+    waited = true;
+  };
+  if constexpr (sizeof(T) == 2 && kWidenedRows < INT64_MAX) {
+    if (widens) {
+      ready();
+      product<T>(a, Input<float>{a.widened, a.in_features}, num_tokens, team, ready);
+      return;
+    }
+  }
+  product<T>(a, Input<T>{static_cast<const T*>(a.x), a.x_stride}, num_tokens, team, ready);
   ready();
 }
 

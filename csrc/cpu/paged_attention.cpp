@@ -13,10 +13,10 @@ constexpr int64_t kBytesAhead = 768 * 1024;
 }  // namespace
 
 int64_t AttentionCall::thread_scratch(int64_t head_dim) {
-  // Running outputs, a block of keys turned round, its weights, and a maximum and a sum in 16 lanes
-  // for each row; multiples of 16 floats, so that threads do not share cache lines.
+  // Running outputs, queries, a block of keys turned round, its weights, and a maximum and a sum in
+  // 16 lanes for each row; multiples of 16 floats, so that threads do not share cache lines.
   const int64_t padded = (head_dim + 15) / 16 * 16;
-  return (kQueryRows + kKeyBlock) * padded + kQueryRows * (kKeyBlock + 1 + 16);
+  return (2 * kQueryRows + kKeyBlock) * padded + kQueryRows * (kKeyBlock + 1 + 16);
 }
 
 void AttentionCall::check() const {

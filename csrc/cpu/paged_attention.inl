@@ -9,6 +9,7 @@ struct AttentionScratch {
   float* weights;  // [kQueryRows, kKeyBlock]
   float* total;    // [kQueryRows, 16]
   float* maximum;  // [kQueryRows]
+  float* queries;  // [kQueryRows, padded D], for products of bf16 that are taken in fp32
 };
 
 // Sixteen keys turned round: word w of key j at to[w * kKeyBlock + j]; a word is one fp32 number or
@@ -46,14 +47,11 @@ FSSA_INLINE void mix(const T* const* values, int64_t num, const float* weights, 
     for (int c = 0; c < kVecs; ++c) acc[r][c] = load(out + r * padded + d + 16 * c);
   }
   for (int64_t j = 0; j < num; ++j) {
-    Vec value[kVecs];
     FSSA_UNROLL
-    for (int c = 0; c < kVecs; ++c) value[c] = load(values[j] + d + 16 * c);
-    FSSA_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      const Vec weight = broadcast(weights[r * kKeyBlock + j]);
+    for (int c = 0; c < kVecs; ++c) {
+      const Vec value = load(values[j] + d + 16 * c);
       FSSA_UNROLL
-      for (int c = 0; c < kVecs; ++c) acc[r][c] = fma(weight, value[c], acc[r][c]);
+      for (int r = 0; r < kRows; ++r) add_product(acc[r][c], value, weights + r * kKeyBlock + j);
     }
   }
   for (int r = 0; r < kRows; ++r) {
@@ -64,8 +62,11 @@ FSSA_INLINE void mix(const T* const* values, int64_t num, const float* weights, 
 template <int kRows, typename T>
 FSSA_INLINE void mix_rows(const T* const* values, int64_t num, const float* weights, float* out,
                           int64_t padded, int64_t dim) {
+  constexpr int kVecs = 4 * kRows <= kMaxSums ? 4 : 2 * kRows <= kMaxSums ? 2 : 1;
   int64_t d = 0;
-  for (; d + 64 <= dim; d += 64) mix<kRows, 4>(values, num, weights, out, padded, d);
+  for (; d + 16 * kVecs <= dim; d += 16 * kVecs) {
+    mix<kRows, kVecs>(values, num, weights, out, padded, d);
+  }
   for (; d + 16 <= dim; d += 16) mix<kRows, 1>(values, num, weights, out, padded, d);
   if (d < dim) {
     for (int r = 0; r < kRows; ++r) {
@@ -92,17 +93,17 @@ FSSA_INLINE void mix_rows_of(int64_t rows, const T* const* values, int64_t num,
 
 // weights[j] = scale q . k_j for kRows rows from `row` on and the keys from `first` on, 16 * kGroups
 // at a time, as far as those of `num_keys` are whole. Returns the first key that is left.
-template <int kRows, int kGroups, typename T>
-FSSA_INLINE int64_t score_groups(const AttentionCall& a, const T* const* q,
+template <int kRows, int kGroups, typename T, typename Q>
+FSSA_INLINE int64_t score_groups(const AttentionCall& a, const Q* const* q,
                                  const AttentionScratch& s, int64_t row, int64_t first,
                                  int64_t num_keys) {
-  if constexpr (kRows * kGroups <= 2 * kMaxRows) {
+  if constexpr (kRows * kGroups <= kMaxSums) {
     for (; first + 16 * (kGroups - 1) < num_keys; first += 16 * kGroups) {
       Vec acc[kRows][kGroups];
       for (int r = 0; r < kRows; ++r) {
         for (int g = 0; g < kGroups; ++g) acc[r][g] = broadcast(0.0f);
       }
-      accumulate(ScatteredRows<T>{q}, reinterpret_cast<const T*>(s.keys + first), a.head_dim, acc,
+      accumulate(ScatteredRows<Q>{q}, reinterpret_cast<const T*>(s.keys + first), a.head_dim, acc,
                  NothingAhead{}, kKeyBlock);
       for (int r = 0; r < kRows; ++r) {
         float* weights = s.weights + (row + r) * kKeyBlock + first;
@@ -115,20 +116,38 @@ FSSA_INLINE int64_t score_groups(const AttentionCall& a, const T* const* q,
   return first;
 }
 
+// Row `row` of a piece.
+template <typename T>
+FSSA_INLINE const T* query(const AttentionCall& a, const AttentionPiece& piece, int64_t row) {
+  const int64_t token = row / piece.heads, head = row % piece.heads;
+  return static_cast<const T*>(a.q) + (piece.first_token + token) * a.q_token_stride +
+         (piece.first_head + head) * a.q_head_stride;
+}
+
+// Whether a query is read in fp32, widened once and not for every key it meets.
+template <typename T>
+constexpr bool kWidensQueries = sizeof(T) == 2 && kWidenedRows < INT64_MAX;
+
 // The scores of kRows rows of a piece and every key of the block. Groups of keys go together while
 // the registers hold them: each is a chain of additions, which alone would wait for the adder.
 template <int kRows, typename T>
 FSSA_NOINLINE void score_rows(const AttentionCall& a, const AttentionPiece& piece,
                               const AttentionScratch& s, int64_t row, int64_t num_keys) {
-  const T* q[kRows];
-  for (int r = 0; r < kRows; ++r) {
-    const int64_t token = (row + r) / piece.heads, head = (row + r) % piece.heads;
-    q[r] = static_cast<const T*>(a.q) + (piece.first_token + token) * a.q_token_stride +
-           (piece.first_head + head) * a.q_head_stride;
+  const auto score = [&](const auto* const* q) {
+    int64_t first = score_groups<kRows, 4, T>(a, q, s, row, 0, num_keys);
+    first = score_groups<kRows, 2, T>(a, q, s, row, first, num_keys);
+    score_groups<kRows, 1, T>(a, q, s, row, first, num_keys);
+  };
+  if constexpr (kWidensQueries<T>) {
+    const float* q[kRows];
+    const int64_t padded = (a.head_dim + 15) / 16 * 16;
+    for (int r = 0; r < kRows; ++r) q[r] = s.queries + (row + r) * padded;
+    score(q);
+  } else {
+    const T* q[kRows];
+    for (int r = 0; r < kRows; ++r) q[r] = query<T>(a, piece, row + r);
+    score(q);
   }
-  int64_t first = score_groups<kRows, 4>(a, q, s, row, 0, num_keys);
-  first = score_groups<kRows, 2>(a, q, s, row, first, num_keys);
-  score_groups<kRows, 1>(a, q, s, row, first, num_keys);
 }
 
 template <int kRows, typename T>
@@ -216,6 +235,14 @@ FSSA_INLINE void attend(const AttentionCall& a, const AttentionPiece& piece,
     s.maximum[r] = -__builtin_inff();
     store(s.total + r * 16, broadcast(0.0f));
   }
+  if constexpr (kWidensQueries<T>) {
+    for (int64_t r = 0; r < num_rows; ++r) {
+      const T* q = query<T>(a, piece, r);
+      for (int64_t d = 0; d < a.head_dim; d += 16) {
+        store(s.queries + r * padded + d, load_up_to(q + d, a.head_dim - d));
+      }
+    }
+  }
   const int32_t* pages = a.block_tables + piece.sequence * a.block_stride;
   const T* k_cache = static_cast<const T*>(a.k_cache) + kv_head(a, piece) * a.head_dim;
   const T* v_cache = static_cast<const T*>(a.v_cache) + kv_head(a, piece) * a.head_dim;
@@ -246,7 +273,7 @@ FSSA_INLINE void attend(const AttentionCall& a, const AttentionPiece& piece,
     // Values come from memory while the scores are computed, and the next keys after that.
     for (int64_t j = 0; j < num; ++j) fetch_row(values[j], a.head_dim);
     for (int64_t j = 0; j < num; j += 16) turn_round(s.keys + j, keys + j, a.head_dim);
-    constexpr int kScoreRows = kMaxRows < 8 ? kMaxRows : 8, kMixRows = kMaxRows < 8 ? 1 : 4;
+    constexpr int kScoreRows = kMaxRows < 8 ? kMaxRows : 8, kMixRows = kMaxRows < 8 ? 3 : 4;
     for (int64_t row = 0; row < num_rows; row += kScoreRows) {
       score_rows_of<kScoreRows, T>(num_rows - row, a, piece, s, row, num);
     }
@@ -283,6 +310,7 @@ void attention(const AttentionCall& a, Team& team) {
   s.weights = s.keys + kKeyBlock * padded;
   s.total = s.weights + kQueryRows * kKeyBlock;
   s.maximum = s.total + kQueryRows * 16;
+  s.queries = s.maximum + kQueryRows;
   // A piece is computed when the thread's next is known.
   AttentionWalk walk(a, team);
   AttentionPiece at_hand{}, next{};

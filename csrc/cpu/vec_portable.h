@@ -1,7 +1,12 @@
 // Sixteen lanes of fp32 in plain C++: every machine has it, compilers vectorise it.
 namespace FSSA_ISA {
 
-constexpr int kMaxRows = 4;  // rows of a tile: as many as the registers hold
+// Rows of a tile, and sums of sixteen columns at a time: as many as the registers hold.
+constexpr int kMaxRows = 4, kMaxSums = 8;
+// From so many rows on products of bf16 read x in fp32.
+constexpr int64_t kWidenedRows = 4;
+// From so many rows on both lines of a step are asked for ahead.
+constexpr int kBothLinesRows = 4;
 
 struct Vec {
   float lane[16];
@@ -100,6 +105,12 @@ FSSA_INLINE Vec fma(Vec a, Vec b, Vec c) {
   Vec out;
   FSSA_LANES out.lane[i] = a.lane[i] * b.lane[i] + c.lane[i];
   return out;
+}
+
+// sum += x y for one number y.
+template <typename T>
+FSSA_INLINE void add_product(Vec& sum, Vec x, const T* y) {
+  sum = fma(x, broadcast(to_float(*y)), sum);
 }
 
 FSSA_INLINE Vec square_root(Vec a) {

@@ -97,6 +97,10 @@ def modulated_linear_native(
     rank = num_users = 0
     low_rank: Tensor | None = None
     unmixed: Tensor | None = None
+    widened: Tensor | None = None
+    if x.dtype == torch.bfloat16:
+        # Where an instruction set has no products of bf16, those of several rows read x from here.
+        widened = empty(x, (num_tokens, in_features), torch.float32)
     shrink: Tensor | PackedMatrix | None = None
     expand: Tensor | PackedMatrix | None = None
     if family == "factors":
@@ -130,6 +134,7 @@ def modulated_linear_native(
         len(packed.halves),
         address(low_rank),
         address(unmixed),
+        address(widened),
         len(splits),
         in_features,
         rank,
