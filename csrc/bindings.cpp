@@ -80,7 +80,7 @@ std::shared_ptr<Call> modulated_linear(const Rows& rows_count, Address y, int64_
   call->slots = in<int32_t>(slots);
   call->halves = in<Half>(halves);
   call->num_halves = num_halves;
-  call->low_rank = out<void>(low_rank);
+  call->low_rank = out<float>(low_rank);
   call->unmixed = out<float>(unmixed);
   call->widened = out<float>(widened);
   call->num_splits = num_splits;

@@ -89,7 +89,7 @@ struct ModulatedLinearCall final : Call {
   SideMatrix rows;                // [U,S*R] or [U,S,R,R], a user's part contiguous
   const int32_t* slots = nullptr;
   const Half* halves = nullptr;
-  void* low_rank = nullptr;   // [T,S*R] scratch of lora_b's dtype; factors: fp32
+  float* low_rank = nullptr;  // [T,S*R] scratch
   float* unmixed = nullptr;   // [T,S*R] scratch; core only
   float* widened = nullptr;   // [T,K] scratch; x of bf16 only
   int64_t num_halves = 0;     // even

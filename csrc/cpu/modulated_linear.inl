@@ -99,17 +99,29 @@ FSSA_INLINE uint32_t as_bf16_bits(float value) {
 template <int kColumn, int kRows, int kHalves, typename Rows, typename Apart>
 FSSA_INLINE void add_column(const Rows& x, const uint32_t* w, Vec (&acc)[kRows][kHalves],
                             Apart apart) {
-  Vec columns[kHalves];
-  FSSA_UNROLL
-  for (int h = 0; h < kHalves; ++h) {
+  const auto half = [&](int h) {
     const Pairs pairs = load_pairs(w + kHalfColumns * h);
-    columns[h] = kColumn % 2 ? high(pairs) : low(pairs);
-  }
-  FSSA_UNROLL
-  for (int r = 0; r < kRows; ++r) {
+    return kColumn % 2 ? high(pairs) : low(pairs);
+  };
+  if constexpr (kRoomForPanel) {
+    Vec columns[kHalves];
+    FSSA_UNROLL
+    for (int h = 0; h < kHalves; ++h) columns[h] = half(h);
+    FSSA_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      FSSA_UNROLL
+      for (int h = 0; h < kHalves; ++h) {
+        add_product(acc[r][h], columns[h], x.at(r) + kColumn + h * second(apart));
+      }
+    }
+  } else {
     FSSA_UNROLL
     for (int h = 0; h < kHalves; ++h) {
-      add_product(acc[r][h], columns[h], x.at(r) + kColumn + h * second(apart));
+      const Vec columns = half(h);
+      FSSA_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        add_product(acc[r][h], columns, x.at(r) + kColumn + h * second(apart));
+      }
     }
   }
 }
@@ -221,13 +233,35 @@ FSSA_INLINE void dots_any(const X* x, const SideMatrix& a, int64_t offset, int64
   }
 }
 
-// What B is multiplied with: v = A x, times g for gated, in B's dtype. For core u = A x in fp32,
-// which `mix` turns into v.
+// The rows of x as products read them: where they lie, or widened to fp32.
+template <typename X>
+struct Input {
+  const X* x;
+  int64_t stride;
+
+  template <int kRows>
+  FSSA_INLINE_MEMBER SpacedRows<kRows, X> rows(int64_t t) const {
+    return SpacedRows<kRows, X>(x + t * stride, stride);
+  }
+};
+
+// What B is multiplied with, v, has B's dtype, or its values in fp32 where x is read in fp32.
+template <typename X>
+FSSA_INLINE void store_low_rank(const ModulatedLinearCall& a, int64_t at, Vec v, int64_t valid) {
+  if constexpr (sizeof(X) == 4) {
+    if (a.lora_b.dtype == DType::kBFloat16) v = round_bf16(v);
+    store_up_to(a.low_rank + at, v, valid);
+  } else {
+    store_as(a.low_rank, a.lora_b.dtype, at, v, valid);
+  }
+}
+
+// v = A x, times g for gated. For core u = A x in fp32, which `mix` turns into v.
 //
 // Rows [t, t + kRows), 16 columns of A.
 template <int kRows, typename X, typename A>
-FSSA_NOINLINE void shrink_tile(const ModulatedLinearCall& a, int64_t t, int64_t half, Ahead ahead) {
-  const SpacedRows<kRows, X> x(static_cast<const X*>(a.x) + t * a.x_stride, a.x_stride);
+FSSA_NOINLINE void shrink_tile(const ModulatedLinearCall& a, const Input<X>& input, int64_t t,
+                               int64_t half, Ahead ahead) {
   Vec acc[kRows][1];
   for (int r = 0; r < kRows; ++r) acc[r][0] = broadcast(0.0f);
   const int64_t first = half * kHalfColumns, valid = smaller(kHalfColumns, a.width() - first);
@@ -236,7 +270,7 @@ FSSA_NOINLINE void shrink_tile(const ModulatedLinearCall& a, int64_t t, int64_t 
   }
   const A* columns =
       packed_at<A>(a.lora_a.data, half * half_bytes(a.lora_a.dtype, a.in_features));
-  accumulate(x, columns, a.in_features, acc, ahead, kHalfColumns);
+  accumulate(input.template rows<kRows>(t), columns, a.in_features, acc, ahead, kHalfColumns);
   for (int r = 0; r < kRows; ++r) {
     Vec value = acc[r][0];
     const int64_t at = (t + r) * a.width() + first;
@@ -246,21 +280,21 @@ FSSA_NOINLINE void shrink_tile(const ModulatedLinearCall& a, int64_t t, int64_t 
     if (a.family == Family::kCore) {
       store_up_to(a.unmixed + at, value, valid);
     } else {
-      store_as(a.low_rank, a.lora_b.dtype, at, value, valid);
+      store_low_rank<X>(a, at, value, valid);
     }
   }
 }
 
-template <int kRows, typename X, typename A>
-FSSA_INLINE void shrink_tile_of(int64_t rows, const ModulatedLinearCall& a, int64_t t,
-                                int64_t half, Ahead ahead) {
+template <int kRows, typename A, typename X>
+FSSA_INLINE void shrink_tile_of(int64_t rows, const ModulatedLinearCall& a, const Input<X>& input,
+                                int64_t t, int64_t half, Ahead ahead) {
   if constexpr (kRows > 1) {
     if (rows < kRows) {
-      shrink_tile_of<kRows - 1, X, A>(rows, a, t, half, ahead);
+      shrink_tile_of<kRows - 1, A>(rows, a, input, t, half, ahead);
       return;
     }
   }
-  shrink_tile<kRows, X, A>(a, t, half, ahead);
+  shrink_tile<kRows, X, A>(a, input, t, half, ahead);
 }
 
 // `count` things in `parts` runs, of which the first ones have one more than the rest.
@@ -277,8 +311,9 @@ struct Runs {
 
 FSSA_INLINE int64_t num_tiles(int64_t num_tokens) { return (num_tokens + kMaxRows - 1) / kMaxRows; }
 
-template <typename X, typename A>
-FSSA_INLINE void shrink(const ModulatedLinearCall& a, int64_t num_tokens, Team& team) {
+template <typename A, typename X>
+FSSA_INLINE void shrink(const ModulatedLinearCall& a, const Input<X>& input, int64_t num_tokens,
+                        Team& team) {
   const int64_t halves = a.shrink_halves(), tiles = num_tiles(num_tokens);
   const Range mine = team.share(halves * tiles);
   const Runs rows(num_tokens, tiles);
@@ -287,64 +322,63 @@ FSSA_INLINE void shrink(const ModulatedLinearCall& a, int64_t num_tokens, Team& 
     // The last tile brings the first panel of the weight.
     const Span next = i + 1 == mine.last ? a.first_panel(team) : Span{};
     const Ahead ahead{next.data, next.data + next.bytes, nullptr, nullptr};
-    shrink_tile_of<kMaxRows, X, A>(last - first, a, first, i % halves, ahead);
+    shrink_tile_of<kMaxRows, A>(last - first, a, input, first, i % halves, ahead);
   }
 }
 
 // v_s = M_s u_s for every projection s of row t.
+template <typename X>
 FSSA_INLINE void mix(const ModulatedLinearCall& a, int64_t t) {
   SideMatrix core = a.rows;
   core.stride = a.rank;
   const float* u = a.unmixed + t * a.width();
   for (int64_t first = 0; first < a.width(); first += a.rank) {
-    for (int64_t r = 0; r < a.rank; ++r) {
-      float value;
-      dots_any(u + first, core, a.slots[t] * a.rows.stride + (first + r) * a.rank, a.rank, 1,
-               &value);
-      fssa::store(a.low_rank, a.lora_b.dtype, t * a.width() + first + r, value);
+    for (int64_t r = 0; r < a.rank; r += kHalfColumns) {
+      const int64_t num = smaller(kHalfColumns, a.rank - r);
+      float values[kHalfColumns];
+      dots_any(u + first, core, a.slots[t] * a.rows.stride + (first + r) * a.rank, a.rank, num,
+               values);
+      store_low_rank<X>(a, t * a.width() + first + r, load_up_to(values, num), num);
     }
   }
 }
 
 // v = A_u x for row t, with the user's own A.
 template <typename X>
-FSSA_INLINE void shrink_own(const ModulatedLinearCall& a, int64_t t) {
-  float* out = static_cast<float*>(a.low_rank) + t * a.width();
-  dots_any(static_cast<const X*>(a.x) + t * a.x_stride, a.lora_a,
-           a.slots[t] * a.lora_a.user_stride, a.in_features, a.width(), out);
+FSSA_INLINE void shrink_own(const ModulatedLinearCall& a, const Input<X>& input, int64_t t) {
+  float* out = a.low_rank + t * a.width();
+  dots_any(input.x + t * input.stride, a.lora_a, a.slots[t] * a.lora_a.user_stride, a.in_features,
+           a.width(), out);
 }
 
 // v of every row; the team has it once it has arrived after this.
 template <typename X>
-FSSA_INLINE void low_rank(const ModulatedLinearCall& a, int64_t num_tokens, Team& team) {
+FSSA_INLINE void low_rank(const ModulatedLinearCall& a, const Input<X>& input, int64_t num_tokens,
+                          Team& team) {
   if (a.family == Family::kFactors) {
     const Range mine = team.share(num_tokens);
-    for (int64_t t = mine.first; t < mine.last; ++t) shrink_own<X>(a, t);
+    for (int64_t t = mine.first; t < mine.last; ++t) shrink_own(a, input, t);
     return;
   }
-  if constexpr (sizeof(X) == 2) {
-    if (a.lora_a.dtype == DType::kBFloat16) {
-      shrink<X, BFloat16>(a, num_tokens, team);
-    } else {
-      shrink<X, float>(a, num_tokens, team);
-    }
+  if (a.lora_a.dtype == DType::kBFloat16) {
+    shrink<BFloat16>(a, input, num_tokens, team);
   } else {
-    shrink<X, float>(a, num_tokens, team);
+    shrink<float>(a, input, num_tokens, team);
   }
   if (a.family == Family::kCore) {
     team.barrier();
     const Range mine = team.share(num_tokens);
-    for (int64_t t = mine.first; t < mine.last; ++t) mix(a, t);
+    for (int64_t t = mine.first; t < mine.last; ++t) mix<X>(a, t);
   }
 }
 
 // acc += v B^T for kRows rows and kHalves halves of a panel, from half `first` on.
-template <int kRows, int kHalves, typename B>
+template <int kRows, int kHalves, typename V, typename B>
 FSSA_INLINE void expand_packed(const ModulatedLinearCall& a, int64_t t, int64_t panel, int first,
                                Vec (&acc)[kRows][kHalves], Ahead& ahead) {
   const Half* halves = a.halves + 2 * panel + first;
-  const SpacedRows<kRows, B> v(
-      static_cast<const B*>(a.low_rank) + t * a.width() + halves[0].split * a.rank, a.width());
+  const SpacedRows<kRows, V> v(
+      reinterpret_cast<const V*>(a.low_rank) + t * a.width() + halves[0].split * a.rank, a.width());
   const B* b = half_at<B>(a.lora_b.data, panel * panel_bytes(a.lora_b.dtype, a.rank), first);
   if constexpr (kHalves == 1) {
     accumulate<kStepBytes / 2>(v, b, a.rank, acc, ahead);
@@ -362,7 +396,7 @@ FSSA_INLINE void expand_own(const ModulatedLinearCall& a, int64_t t, int64_t pan
   for (int h = 0; h < kHalves; ++h) {
     const Half& half = a.halves[2 * panel + first + h];
     for (int r = 0; r < kRows; ++r) {
-      const float* v = static_cast<const float*>(a.low_rank) + (t + r) * a.width();
+      const float* v = a.low_rank + (t + r) * a.width();
       dots_any(v + half.split * a.rank, a.lora_b,
                a.slots[t + r] * a.lora_b.user_stride + half.row * a.lora_b.stride, a.rank,
                half.valid, term[r][h]);
@@ -408,13 +442,6 @@ FSSA_INLINE void store_activated(const ModulatedLinearCall& a, int64_t t, const 
   }
 }
 
-// The rows of x as a product reads them.
-template <typename X>
-struct Input {
-  const X* x;
-  int64_t stride;
-};
-
 // Rows [t, t + kRows) of one panel, from the product to the stored result, as many halves at a time
 // as the registers hold sums of. `ready` is called once the product is done and before the low-rank
 // term is needed; `brought` goes on in both. Sums are named by constants alone, in loops that are
@@ -426,23 +453,23 @@ FSSA_NOINLINE void tile(const ModulatedLinearCall& a, const Input<X>& input, int
   Vec activated[2][kRows];
   Ahead ahead = brought;
   for (int first = 0; first < 2; first += kHalves) {
-    const SpacedRows<kRows, X> x(input.x + t * input.stride, input.stride);
     Vec acc[kRows][kHalves];
     FSSA_UNROLL
     for (int r = 0; r < kRows; ++r) {
       FSSA_UNROLL
       for (int h = 0; h < kHalves; ++h) acc[r][h] = broadcast(0.0f);
     }
-    accumulate<kStepBytes / 2 * kHalves>(x, half_at<T>(a.panel(panel), 0, first), a.in_features,
-                                         acc, ahead);
+    accumulate<kStepBytes / 2 * kHalves>(input.template rows<kRows>(t),
+                                         half_at<T>(a.panel(panel), 0, first), a.in_features, acc,
+                                         ahead);
     ready();
     if (a.family == Family::kFactors) {
       expand_own(a, t, panel, first, acc);
     } else if (a.family != Family::kNone) {
       if (a.lora_b.dtype == DType::kFloat32) {
-        expand_packed<kRows, kHalves, float>(a, t, panel, first, acc, ahead);
+        expand_packed<kRows, kHalves, float, float>(a, t, panel, first, acc, ahead);
       } else {
-        expand_packed<kRows, kHalves, BFloat16>(a, t, panel, first, acc, ahead);
+        expand_packed<kRows, kHalves, X, BFloat16>(a, t, panel, first, acc, ahead);
       }
     }
     const Half* halves = a.halves + 2 * panel + first;
@@ -552,30 +579,38 @@ FSSA_INLINE void widen_rows(const ModulatedLinearCall& a, int64_t num_tokens, co
   }
 }
 
-template <typename T>
-void modulated_linear(const ModulatedLinearCall& a, Team& team) {
-  const int64_t num_tokens = a.count.get();
+template <typename T, typename X>
+FSSA_INLINE void modulated_linear_of(const ModulatedLinearCall& a, const Input<X>& input,
+                                     int64_t num_tokens, Team& team) {
   const bool modulated = a.family != Family::kNone;
-  const bool widens = sizeof(T) == 2 && num_tokens >= kWidenedRows;
-  if (widens) widen_rows(a, num_tokens, team);
-  if (modulated) low_rank<T>(a, num_tokens, team);
-  if (modulated || widens) team.arrive();
+  if (modulated) {
+    low_rank(a, input, num_tokens, team);
+    team.arrive();
+  }
   // The others' part of the low-rank term is waited for when the first product is done: by then
   // they have long had it.
-  bool waited = !modulated && !widens;
+  bool waited = !modulated;
   const auto ready = [&] {
     if (!waited) team.wait();
     waited = true;
   };
+  product<T>(a, input, num_tokens, team, ready);
+  ready();
+}
+
+template <typename T>
+void modulated_linear(const ModulatedLinearCall& a, Team& team) {
+  const int64_t num_tokens = a.count.get();
   if constexpr (sizeof(T) == 2 && kWidenedRows < INT64_MAX) {
-    if (widens) {
-      ready();
-      product<T>(a, Input<float>{a.widened, a.in_features}, num_tokens, team, ready);
+    if (num_tokens >= kWidenedRows) {
+      widen_rows(a, num_tokens, team);
+      team.barrier();
+      modulated_linear_of<T>(a, Input<float>{a.widened, a.in_features}, num_tokens, team);
       return;
     }
   }
-  product<T>(a, Input<T>{static_cast<const T*>(a.x), a.x_stride}, num_tokens, team, ready);
-  ready();
+  const Input<T> input{static_cast<const T*>(a.x), a.x_stride};
+  modulated_linear_of<T>(a, input, num_tokens, team);
 }
 
 template <typename T>

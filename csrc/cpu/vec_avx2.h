@@ -3,6 +3,8 @@ namespace FSSA_ISA {
 
 // Rows of a tile, and sums of sixteen columns at a time: 12 of the 16 registers accumulate.
 constexpr int kMaxRows = 6, kMaxSums = 6;
+// Whether the others hold both halves of a panel's column, or one after the other.
+constexpr bool kRoomForPanel = false;
 // From so many rows on products of bf16 read x in fp32: fewer wait for the weights, not for the
 // instructions that widen x.
 constexpr int64_t kWidenedRows = 4;

@@ -3,6 +3,8 @@ namespace FSSA_ISA {
 
 // Rows of a tile, and sums of sixteen columns at a time: as many as the registers hold.
 constexpr int kMaxRows = 4, kMaxSums = 8;
+// Whether the others hold both halves of a panel's column, or one after the other.
+constexpr bool kRoomForPanel = true;
 // From so many rows on products of bf16 read x in fp32.
 constexpr int64_t kWidenedRows = 4;
 // From so many rows on both lines of a step are asked for ahead.

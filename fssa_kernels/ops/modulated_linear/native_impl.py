@@ -113,7 +113,7 @@ def modulated_linear_native(
         shrink = lora_a if isinstance(lora_a, PackedMatrix) else pack_matrix(lora_a, narrow=True)
         expand = _packed(lora_b, splits, epilogue)
         rank, num_users = expand.shape[1], 0 if rows is None else rows.shape[0]
-        low_rank = empty(x, (num_tokens, len(splits) * rank), expand.dtype)
+        low_rank = empty(x, (num_tokens, len(splits) * rank), torch.float32)
         if family == "core":
             unmixed = empty(x, (num_tokens, len(splits) * rank), torch.float32)
     call = NATIVE.modulated_linear(
