@@ -43,11 +43,13 @@ from fssa_runtime.threads import set_threads
 
 OURS = ("base only", "one user", "all distinct")
 PEERS = {
-    "llama.cpp": ("llama_cpp",),
+    # As F16 too: where an instruction set has no products of bf16, that is the faster of its two.
+    "llama.cpp": ("llama_cpp", "llama_cpp_f16"),
     "vllm": ("vllm", "vllm_lora"),
     "hf": ("hf",),
     "peft": ("peft",),
 }
+PRODUCTS = (torch.bfloat16, torch.float32)
 PROMPT = "Tell me about the weather in the mountains, and what to wear there."
 
 
@@ -179,8 +181,8 @@ class Limits:
     def __init__(self) -> None:
         # On the pages that weights lie on.
         self._memory = PackArena().take(256 * 1024 * 1024).fill_(1)
-        self._x = torch.randn(1024, 1536).bfloat16()
-        self._w = torch.randn(3072, 1536).bfloat16()
+        x, weight = torch.randn(1024, 1536), torch.randn(3072, 1536)
+        self._products = [(x.to(dtype), weight.to(dtype)) for dtype in PRODUCTS]
 
     def stream(self, seconds: float = 0.3) -> float:
         """Bytes a second that all threads read."""
@@ -194,15 +196,18 @@ class Limits:
         return passes * memory.numel() / (time.perf_counter() - start)
 
     def product(self, seconds: float = 0.3) -> float:
-        """FLOP a second of PyTorch's bf16 matrix product."""
-        passes = 0
-        start = time.perf_counter()
-        with torch.inference_mode():
-            while time.perf_counter() < start + seconds:
-                torch.nn.functional.linear(self._x, self._w)
-                passes += 1
-        flop = 2 * self._x.shape[0] * self._w.numel()
-        return passes * flop / (time.perf_counter() - start)
+        """FLOP a second of PyTorch's matrix product, in bf16 or fp32, whichever is faster."""
+        rates = []
+        for x, weight in self._products:
+            passes = 0
+            start = time.perf_counter()
+            with torch.inference_mode():
+                while time.perf_counter() < start + seconds / len(self._products):
+                    torch.nn.functional.linear(x, weight)
+                    passes += 1
+            flop = 2 * x.shape[0] * weight.numel()
+            rates.append(passes * flop / (time.perf_counter() - start))
+        return max(rates)
 
 
 def measure(

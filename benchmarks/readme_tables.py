@@ -291,6 +291,7 @@ SIDES = {
     "one user": "ours, one user",
     "all distinct": "**ours, every row another user**",
     "llama_cpp": "llama.cpp, BF16, base only",
+    "llama_cpp_f16": "llama.cpp, F16, base only",
     "vllm": "vLLM on the CPU, base only",
     "vllm_lora": "vLLM on the CPU, a LoRA of its own for each row",
     "hf": "transformers, base only",
@@ -298,16 +299,19 @@ SIDES = {
 }
 
 
-def cpu_decode() -> str:
+def cpu_decode(file: str = "decode.json") -> str:
     """Tokens a second of every side, and how many times as fast every row another user is."""
-    result = read("decode.json")
+    result = read(file)
     if result is None:
         return NOT_MEASURED
     columns = [(f"batch {b}", rows) for b, rows in result["summary"]["decode"].items()]
     columns.append((f"prefill {result['prefill_tokens']}", result["summary"]["prefill"]))
     lines = [f"| tokens/s | {' | '.join(title for title, _ in columns)} |"]
     lines.append("|---|" + "---|" * len(columns))
+    sides = {name for _, rows in columns for name in rows} | set(result["absent"])
     for name, label in SIDES.items():
+        if name not in sides:
+            continue
         cells = []
         for _, rows in columns:
             if name not in rows:
@@ -408,6 +412,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo_proof": demo_proof,
     "swap_test": swap_test,
     "cpu_decode": cpu_decode,
+    "cpu_decode_avx2": lambda: cpu_decode("decode_avx2.json"),
     "gpu": gpu,
     "serving": serving,
     "synthetic": synthetic,

@@ -44,6 +44,7 @@ class Spec(NamedTuple):
 
 PEERS = {
     "llama_cpp": Spec("llama_cpp", "benchmarks.peers.serve_llama_cpp"),
+    "llama_cpp_f16": Spec("llama_cpp", "benchmarks.peers.serve_llama_cpp", ("--weights", "f16")),
     "vllm": Spec("vllm", "benchmarks.peers.serve_vllm"),
     "vllm_eager": Spec("vllm", "benchmarks.peers.serve_vllm", ("--eager",)),
     "vllm_lora": Spec("vllm", "benchmarks.peers.serve_vllm", ("--lora",)),

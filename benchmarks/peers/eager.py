@@ -11,18 +11,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers import worker
+from benchmarks.peers import precision, worker
 
 
-def load(model: Path, threads: int) -> Any:
-    """The checkpoint in bf16 with PyTorch's attention, and the thread count set."""
+def load(model: Path, threads: int) -> tuple[Any, str]:
+    """The checkpoint with PyTorch's attention in the precision that is fastest here, and its name;
+    the thread count is set."""
     import torch
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(threads)
-    return AutoModelForCausalLM.from_pretrained(
-        model, dtype=torch.bfloat16, attn_implementation="sdpa", local_files_only=True
-    ).eval()
+    dtype = precision.fastest()
+    loaded = AutoModelForCausalLM.from_pretrained(
+        model, dtype=getattr(torch, dtype), attn_implementation="sdpa", local_files_only=True
+    )
+    return loaded.eval(), dtype
 
 
 def decode(

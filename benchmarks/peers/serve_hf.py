@@ -1,4 +1,4 @@
-"""Worker: transformers in eager mode, bf16, the base model.
+"""Worker: transformers in eager mode, in the faster of bf16 and fp32, the base model.
 
 Only the forward passes after the prompt, and the choice of each token, are timed.
 
@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers import eager, worker
+from benchmarks.peers import eager, precision, worker
 from benchmarks.peers.play import NUM_FIRST_TOKENS, Ask, Played
 
 PAGE = 32  # tokens; the default of 256 is for attention that reads pages in place
@@ -26,11 +26,12 @@ class Transformers:
         import torch
         import transformers
 
-        self.model, self.cache = eager.load(model, threads), cache
+        self.model, dtype = eager.load(model, threads)
+        self.cache = cache
         self.version = transformers.__version__
         self.settings = {
             "threads": threads,
-            "weights": "bf16",
+            "weights": precision.describe(dtype),
             "attention": "sdpa",
             "cache": cache,
             "serving": f"continuous batching, pages of {PAGE} tokens",

@@ -1,4 +1,4 @@
-"""Worker: llama.cpp, the BF16 base model, no adapter.
+"""Worker: llama.cpp, the BF16 base model or its F16 copy (``--weights f16``), no adapter.
 
 One ``llama_decode`` call a step carries one token of each of the B sequences, as its server and its
 ``llama-batched-bench`` do; that tool is not used because it decodes random tokens and picks none.
@@ -30,18 +30,19 @@ from benchmarks.peers.to_gguf import convert
 class LlamaCpp:
     """The model and one context, made anew when a request does not fit the last one."""
 
-    name = "llama_cpp"
-
-    def __init__(self, model: Path, work: Path, threads: int, flash_attention: bool) -> None:
+    def __init__(
+        self, model: Path, work: Path, threads: int, flash_attention: bool, weights: str
+    ) -> None:
         import llama_cpp
         from llama_cpp import llama_cpp as api
 
         self.api, self.threads, self.flash_attention = api, threads, flash_attention
+        self.name = "llama_cpp" if weights == "bf16" else f"llama_cpp_{weights}"
         self.version = llama_cpp.__version__
         work.mkdir(parents=True, exist_ok=True)
-        path = work / f"{model.name}.bf16.gguf"
+        path = work / f"{model.name}.{weights}.gguf"
         if not path.exists():
-            convert(model, path)
+            convert(model, path, weights)
         api.llama_backend_init()
         parameters = api.llama_model_default_params()
         parameters.n_gpu_layers = 0
@@ -53,7 +54,7 @@ class LlamaCpp:
         self.shape = Shape(0, 0, 0, False)
         self.settings = {
             "threads": threads,
-            "weights": "bf16",
+            "weights": weights,
             "flash_attention": flash_attention,
             "serving": "one cache for all sequences",
             "build": api.llama_print_system_info().decode().strip(),
@@ -257,10 +258,16 @@ class Step:
 def main() -> int:
     parser = worker.parser(__doc__)
     parser.add_argument("--flash-attention", choices=("on", "off"), default="on")
+    parser.add_argument("--weights", choices=("bf16", "f16"), default="bf16")
     options = parser.parse_args()
-    flash_attention = options.flash_attention == "on"
     return worker.serve(
-        lambda: LlamaCpp(options.model, options.work, options.threads, flash_attention)
+        lambda: LlamaCpp(
+            options.model,
+            options.work,
+            options.threads,
+            options.flash_attention == "on",
+            options.weights,
+        )
     )
 
 

@@ -5,9 +5,9 @@ has its first token and stops at the last one: prefill is outside, vLLM's schedu
 inside. ``tokens`` counts what those steps made; a row whose prompt was read a step before the
 others' has made more by then and is counted less.
 
-Compiled unless ``--eager``. With ``--lora`` the engine is built for exactly as many adapters as the
-batch has rows (rank 16, seven linears, bf16), so a new batch size builds a new engine, outside the
-clock; without, one engine serves batches up to 64.
+Compiled unless ``--eager``, in the faster of bf16 and fp32. With ``--lora`` the engine is built for
+exactly as many adapters as the batch has rows (rank 16, seven linears), so a new batch size builds
+a new engine, outside the clock; without, one engine serves batches up to 64.
 
 Serving has an engine of its own, with as many adapters on hand as answers are in flight and all
 others in memory: what the clock sees of an adapter is its move into a slot. Prompts of a trace
@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.peers import lora, worker
+from benchmarks.peers import lora, precision, worker
 from benchmarks.peers.play import Ask, Played, play
 
 MAX_BATCH = 64
@@ -58,6 +58,7 @@ class Vllm:
 
         self.vllm = vllm
         self.folder, self.work = model, work
+        self.dtype = precision.fastest()
         self.eager, self.adapters = eager, adapters
         self.name = "vllm_lora" if adapters else "vllm_eager" if eager else "vllm"
         self.version = vllm.__version__
@@ -66,10 +67,10 @@ class Vllm:
         self.requests = 0
         self.settings = {
             "threads": threads,
-            "weights": "bf16",
+            "weights": precision.describe(self.dtype),
             "compiled": not eager,
             "openmp": openmp,
-            "adapters": f"one a row, r={lora.RANK}, 7 linears, bf16" if adapters else "none",
+            "adapters": f"one a row, r={lora.RANK}, 7 linears" if adapters else "none",
             "serving": f"one adapter a user, {lora.MAX_ADAPTERS} at most" if adapters else "base",
             "torch": torch.__version__,
         }
@@ -177,7 +178,7 @@ class Vllm:
             self.vllm.EngineArgs(
                 model=str(self.folder),
                 skip_tokenizer_init=True,
-                dtype="bfloat16",
+                dtype=self.dtype,
                 max_model_len=MAX_LENGTH,
                 max_num_seqs=shape.rows,
                 max_num_batched_tokens=shape.step_tokens,

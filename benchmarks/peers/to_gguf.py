@@ -1,8 +1,9 @@
-"""Write a Llama checkpoint (bf16 safetensors) as a BF16 GGUF, without its tokenizer.
+"""Write a Llama checkpoint (bf16 safetensors) as a BF16 or F16 GGUF, without its tokenizer.
 
-    python -m benchmarks.peers.to_gguf MODEL_FOLDER OUT.gguf
+    python -m benchmarks.peers.to_gguf MODEL_FOLDER OUT.gguf --weights bf16
 
-The weights keep their 16 bits; norms become float32, which is what llama.cpp computes them in. The
+As bf16 the weights keep their bits; f16 rounds what is smaller than 2^-14 and fails on what is too
+large. Norms become float32, which is what llama.cpp computes them in. The
 benchmark speaks in token ids, so the file says it has no vocabulary but its size.
 """
 
@@ -37,10 +38,11 @@ _OTHER_NAMES = {
 }
 
 
-def convert(model: Path, out: Path) -> None:
+def convert(model: Path, out: Path, weights: str = "bf16") -> None:
     """Write ``model`` (``config.json`` and ``model.safetensors``) to ``out``, replacing it whole.
 
-    Raises ``ValueError`` for anything but a plain Llama in bf16.
+    ``weights``: "bf16" or "f16". Raises ``ValueError`` for anything but a plain Llama in bf16, and
+    for a weight that f16 cannot hold.
     """
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
@@ -55,7 +57,7 @@ def convert(model: Path, out: Path) -> None:
     partial = out.with_name(out.name + ".part")
     writer = gguf.GGUFWriter(partial, "llama")
     writer.add_name(model.name)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
+    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{weights.upper()}"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(config["num_hidden_layers"])
@@ -77,7 +79,13 @@ def convert(model: Path, out: Path) -> None:
         elif name.endswith("k_proj.weight"):
             bits = interleave(bits, kv_heads)
         if bits.ndim == 1:
-            writer.add_tensor(gguf_name(name), (bits.astype(np.uint32) << 16).view(np.float32))
+            writer.add_tensor(gguf_name(name), _widened(bits))
+        elif weights == "f16":
+            with np.errstate(over="ignore"):
+                halves = _widened(bits).astype(np.float16)
+            if not np.isfinite(halves).all():
+                raise ValueError(f"{name}: expected weights that f16 can hold, got larger ones")
+            writer.add_tensor(gguf_name(name), halves)
         else:
             raw = np.ascontiguousarray(bits).view(np.uint8)
             kind = gguf.GGMLQuantizationType.BF16
@@ -87,6 +95,10 @@ def convert(model: Path, out: Path) -> None:
     writer.write_tensors_to_file()
     writer.close()
     os.replace(partial, out)
+
+
+def _widened(bits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def interleave(weight: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
@@ -134,8 +146,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--weights", choices=("bf16", "f16"), default="bf16")
     arguments = parser.parse_args()
-    convert(arguments.model, arguments.out)
+    convert(arguments.model, arguments.out, arguments.weights)
     return 0
 
 
