@@ -1,8 +1,8 @@
 """Worker: PEFT on transformers in eager mode, every row of the batch through an adapter of its own.
 
 The mixed batch is PEFT's ``adapter_names``: rank 16 on all seven linears, row i through adapter i,
-all of it in the faster of bf16 and fp32. Only the forward passes after the prompt, and the choice of
-each token, are timed; adapters are loaded when a batch first needs them, outside the clock.
+all of it in the faster of bf16 and fp32. Only the forward passes after the prompt, and the choice
+of each token, are timed; adapters are loaded when a batch first needs them, outside the clock.
 """
 
 from __future__ import annotations
