@@ -2,7 +2,10 @@
 // has set the compiler's target by then, so no template of the standard library may be used from
 // here on: the linker could keep that copy for files that run on lesser machines.
 #include "math.inl"
+#include "multiply.inl"
+#include "low_rank.inl"
 #include "modulated_linear.inl"
+#include "take_rows.inl"
 #include "residual_film_rms_norm.inl"
 #include "rope_kv_write.inl"
 #include "paged_attention.inl"

@@ -1,0 +1,223 @@
+// The low-rank term of the modulated linear: v = g (A x) for a team's rows, and its product with B.
+namespace FSSA_ISA {
+
+// What lies `bytes` into a packed matrix.
+template <typename W>
+FSSA_INLINE const W* packed_at(const void* packed, int64_t bytes) {
+  return reinterpret_cast<const W*>(static_cast<const char*>(packed) + bytes);
+}
+
+// The same, at half `half` of the panel that begins there.
+template <typename W>
+FSSA_INLINE const W* half_at(const void* packed, int64_t bytes, int half) {
+  return packed_at<W>(packed, bytes + half * (kStepBytes / 2));
+}
+
+// Dot products of x with `num` rows of a row-major matrix.
+template <typename X, typename A>
+FSSA_INLINE void dots(const X* x, const A* a, int64_t stride, int64_t k, int64_t num, float* out) {
+  for (int64_t n = 0; n < num; ++n) {
+    const A* row = a + n * stride;
+    Vec acc = broadcast(0.0f);
+    int64_t i = 0;
+    for (; i + 16 <= k; i += 16) acc = fma(load(row + i), load(x + i), acc);
+    if (i < k) acc = fma(load_first(row + i, k - i), load_first(x + i, k - i), acc);
+    out[n] = sum(acc);
+  }
+}
+
+template <typename X>
+FSSA_INLINE void dots_any(const X* x, const SideMatrix& a, int64_t offset, int64_t k, int64_t num,
+                          float* out) {
+  if (a.dtype == DType::kFloat32) {
+    dots(x, static_cast<const float*>(a.data) + offset, a.stride, k, num, out);
+  } else {
+    dots(x, static_cast<const BFloat16*>(a.data) + offset, a.stride, k, num, out);
+  }
+}
+
+// The rows of x as products read them: where they lie, or widened to fp32.
+template <typename X>
+struct Input {
+  const X* x;
+  int64_t stride;
+
+  template <int kRows>
+  FSSA_INLINE_MEMBER SpacedRows<kRows, X> rows(int64_t t) const {
+    return SpacedRows<kRows, X>(x + t * stride, stride);
+  }
+};
+
+// What B is multiplied with, v, has B's dtype, or its values in fp32 where x is read in fp32.
+template <typename X>
+FSSA_INLINE void store_low_rank(const ModulatedLinearCall& a, int64_t at, Vec v, int64_t valid) {
+  if constexpr (sizeof(X) == 4) {
+    if (a.lora_b.dtype == DType::kBFloat16) v = round_bf16(v);
+    store_up_to(a.low_rank + at, v, valid);
+  } else {
+    store_as(a.low_rank, a.lora_b.dtype, at, v, valid);
+  }
+}
+
+// v = A x, times g for gated. For core u = A x in fp32, which `mix` turns into v.
+//
+// Rows [t, t + kRows), 16 columns of A.
+template <int kRows, typename X, typename A>
+FSSA_NOINLINE void shrink_tile(const ModulatedLinearCall& a, const Input<X>& input, int64_t t,
+                               int64_t half, Ahead ahead) {
+  Vec acc[kRows][1];
+  for (int r = 0; r < kRows; ++r) acc[r][0] = broadcast(0.0f);
+  const int64_t first = half * kHalfColumns, valid = smaller(kHalfColumns, a.width() - first);
+  if (a.family == Family::kGated) {
+    for (int r = 0; r < kRows; ++r) prefetch(a.user_row(t + r, first));
+  }
+  const A* columns =
+      packed_at<A>(a.lora_a.data, half * half_bytes(a.lora_a.dtype, a.in_features));
+  accumulate(input.template rows<kRows>(t), columns, a.in_features, acc, ahead, kHalfColumns);
+  for (int r = 0; r < kRows; ++r) {
+    Vec value = acc[r][0];
+    const int64_t at = (t + r) * a.width() + first;
+    if (a.family == Family::kGated) {
+      value = mul(value, load_first_as(a.user_row(t + r, first), a.rows.dtype, 0, valid));
+    }
+    if (a.family == Family::kCore) {
+      store_up_to(a.unmixed + at, value, valid);
+    } else {
+      store_low_rank<X>(a, at, value, valid);
+    }
+  }
+}
+
+template <int kRows, typename A, typename X>
+FSSA_INLINE void shrink_tile_of(int64_t rows, const ModulatedLinearCall& a, const Input<X>& input,
+                                int64_t t, int64_t half, Ahead ahead) {
+  if constexpr (kRows > 1) {
+    if (rows < kRows) {
+      shrink_tile_of<kRows - 1, A>(rows, a, input, t, half, ahead);
+      return;
+    }
+  }
+  shrink_tile<kRows, X, A>(a, input, t, half, ahead);
+}
+
+// `count` things in `parts` runs, of which the first ones have one more than the rest.
+struct Runs {
+  int64_t length, longer;
+
+  FSSA_INLINE_MEMBER Runs(int64_t count, int64_t parts)
+      : length(count / larger(1, parts)), longer(count % larger(1, parts)) {}
+
+  FSSA_INLINE_MEMBER int64_t begin(int64_t run) const {
+    return run * length + smaller(run, longer);
+  }
+};
+
+FSSA_INLINE int64_t num_tiles(int64_t num_tokens) { return (num_tokens + kMaxRows - 1) / kMaxRows; }
+
+template <typename A, typename X>
+FSSA_INLINE void shrink(const ModulatedLinearCall& a, const Input<X>& input, int64_t num_tokens,
+                        Team& team) {
+  const int64_t halves = a.shrink_halves(), tiles = num_tiles(num_tokens);
+  const Range mine = team.share(halves * tiles);
+  const Runs rows(num_tokens, tiles);
+  for (int64_t i = mine.first; i < mine.last; ++i) {
+    const int64_t first = rows.begin(i / halves), last = rows.begin(i / halves + 1);
+    // The last tile brings the first panel of the weight.
+    const Span next = i + 1 == mine.last ? a.first_panel(team) : Span{};
+    const Ahead ahead{next.data, next.data + next.bytes, nullptr, nullptr};
+    shrink_tile_of<kMaxRows, A>(last - first, a, input, first, i % halves, ahead);
+  }
+}
+
+// v_s = M_s u_s for every projection s of row t.
+template <typename X>
+FSSA_INLINE void mix(const ModulatedLinearCall& a, int64_t t) {
+  SideMatrix core = a.rows;
+  core.stride = a.rank;
+  const float* u = a.unmixed + t * a.width();
+  for (int64_t first = 0; first < a.width(); first += a.rank) {
+    for (int64_t r = 0; r < a.rank; r += kHalfColumns) {
+      const int64_t num = smaller(kHalfColumns, a.rank - r);
+      float values[kHalfColumns];
+      dots_any(u + first, core, a.slots[t] * a.rows.stride + (first + r) * a.rank, a.rank, num,
+               values);
+      store_low_rank<X>(a, t * a.width() + first + r, load_up_to(values, num), num);
+    }
+  }
+}
+
+// v = A_u x for row t, with the user's own A.
+template <typename X>
+FSSA_INLINE void shrink_own(const ModulatedLinearCall& a, const Input<X>& input, int64_t t) {
+  float* out = a.low_rank + t * a.width();
+  dots_any(input.x + t * input.stride, a.lora_a, a.slots[t] * a.lora_a.user_stride, a.in_features,
+           a.width(), out);
+}
+
+// v of every row; the team has it once it has arrived after this.
+template <typename X>
+FSSA_INLINE void low_rank(const ModulatedLinearCall& a, const Input<X>& input, int64_t num_tokens,
+                          Team& team) {
+  if (a.family == Family::kFactors) {
+    const Range mine = team.share(num_tokens);
+    for (int64_t t = mine.first; t < mine.last; ++t) shrink_own(a, input, t);
+    return;
+  }
+  if (a.lora_a.dtype == DType::kBFloat16) {
+    shrink<BFloat16>(a, input, num_tokens, team);
+  } else {
+    shrink<float>(a, input, num_tokens, team);
+  }
+  if (a.family == Family::kCore) {
+    team.barrier();
+    const Range mine = team.share(num_tokens);
+    for (int64_t t = mine.first; t < mine.last; ++t) mix<X>(a, t);
+  }
+}
+
+// acc += v B^T for kRows rows and kHalves halves of a panel, from half `first` on.
+template <int kRows, int kHalves, typename V, typename B>
+FSSA_INLINE void expand_packed(const ModulatedLinearCall& a, int64_t t, int64_t panel, int first,
+                               Vec (&acc)[kRows][kHalves], Ahead& ahead) {
+  const Half* halves = a.halves + 2 * panel + first;
+  const SpacedRows<kRows, V> v(
+      reinterpret_cast<const V*>(a.low_rank) + t * a.width() + halves[0].split * a.rank, a.width());
+  const B* b = half_at<B>(a.lora_b.data, panel * panel_bytes(a.lora_b.dtype, a.rank), first);
+  if constexpr (kHalves == 1) {
+    accumulate<kStepBytes / 2>(v, b, a.rank, acc, ahead);
+  } else {
+    const int64_t apart = (halves[1].valid ? halves[1].split - halves[0].split : 0) * a.rank;
+    accumulate(v, b, a.rank, acc, ahead, kPanelColumns, apart);
+  }
+}
+
+// The same with each row's own B.
+template <int kRows, int kHalves>
+FSSA_INLINE void expand_own(const ModulatedLinearCall& a, int64_t t, int64_t panel, int first,
+                            Vec (&acc)[kRows][kHalves]) {
+  float term[kRows][kHalves][kHalfColumns] = {};
+  for (int h = 0; h < kHalves; ++h) {
+    const Half& half = a.halves[2 * panel + first + h];
+    for (int r = 0; r < kRows; ++r) {
+      const float* v = a.low_rank + (t + r) * a.width();
+      dots_any(v + half.split * a.rank, a.lora_b,
+               a.slots[t + r] * a.lora_b.user_stride + half.row * a.lora_b.stride, a.rank,
+               half.valid, term[r][h]);
+    }
+  }
+  FSSA_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    FSSA_UNROLL
+    for (int h = 0; h < kHalves; ++h) acc[r][h] = add(acc[r][h], load(term[r][h]));
+  }
+}
+
+// Asks for one panel of B, too short for the machine's own prefetcher to notice.
+FSSA_INLINE void fetch_expand(const ModulatedLinearCall& a, int64_t panel) {
+  if (a.family == Family::kNone || a.family == Family::kFactors) return;
+  const int64_t bytes = panel_bytes(a.lora_b.dtype, a.rank);
+  const char* b = static_cast<const char*>(a.lora_b.data) + panel * bytes;
+  for (int64_t i = 0; i < bytes; i += 64) prefetch(b + i);
+}
+
+}  // namespace FSSA_ISA

@@ -1,0 +1,202 @@
+// The inner loop of every product: sums in registers += rows of x times columns of a packed matrix,
+// with what is read next brought into the cache meanwhile. Every sum is one chain of additions over
+// k in order, whatever rows share the registers.
+namespace FSSA_ISA {
+
+// What will be read next, brought into the cache while something else is computed, as much with
+// every step of the inner loop as the step reads: one piece of memory, then those in a queue.
+struct Ahead {
+  const char* at;
+  const char* end;
+  Span* queue;
+  Span* queue_end;
+};
+
+struct NothingAhead {};
+
+constexpr int64_t kStepBytes = kPanelColumns * 4;
+// How far beyond the next panel may be brought.
+constexpr int64_t kLeadBytes = 64 * 1024;
+
+template <int kRows, int kBytes>
+FSSA_INLINE void fetch(NothingAhead&) {}
+
+template <int kRows, int kBytes>
+FSSA_INLINE void fetch(Ahead& ahead) {
+  if (ahead.at >= ahead.end) {
+    if (ahead.queue == ahead.queue_end) return;
+    ahead.at = ahead.queue->data;
+    ahead.end = ahead.at + ahead.queue->bytes;
+    ++ahead.queue;
+  }
+  constexpr int kEvery = kRows < kBothLinesRows ? 2 : 1;
+  FSSA_UNROLL
+  for (int line = 0; line < kBytes / 64; line += kEvery) prefetch(ahead.at + 64 * line);
+  ahead.at += kBytes;
+}
+
+// The queue, which began at `queue`, after a loop: what is left of the piece at hand goes back.
+FSSA_INLINE Span* unread(const Ahead& ahead, Span* queue) {
+  if (ahead.queue == queue || ahead.at >= ahead.end) return ahead.queue;
+  *(ahead.queue - 1) = {ahead.at, ahead.end - ahead.at};
+  return ahead.queue - 1;
+}
+
+// Where the rows of x for the second half of a panel are, seen from those for the first.
+struct Same {};
+
+FSSA_INLINE int64_t second(Same) { return 0; }
+FSSA_INLINE int64_t second(int64_t distance) { return distance; }
+
+// Rows of x at any places.
+template <typename T>
+struct ScatteredRows {
+  using Value = T;
+
+  const T* const* rows;
+  int64_t column = 0;
+
+  FSSA_INLINE_MEMBER const T* at(int r) const { return rows[r] + column; }
+  FSSA_INLINE_MEMBER void advance(int64_t columns) { column += columns; }
+};
+
+// Rows of x a constant distance apart. A register for every four of them and two for the distance:
+// a dozen pointers are more than the machine has registers for, and moving them in and out cost 7 %
+// of a product that is bound by its multiplications.
+template <int kRows, typename T>
+struct SpacedRows {
+  using Value = T;
+
+  const T* fours[(kRows + 3) / 4];
+  int64_t distance, thrice;
+
+  FSSA_INLINE_MEMBER SpacedRows(const T* first, int64_t stride)
+      : distance(stride), thrice(3 * stride) {
+    for (int r = 0; r < kRows; r += 4) fours[r / 4] = first + r * stride;
+    opaque(distance);
+    opaque(thrice);
+  }
+
+  FSSA_INLINE_MEMBER const T* at(int r) const {
+    const T* four = fours[r / 4];
+    return r % 4 == 3 ? four + thrice : four + r % 4 * distance;
+  }
+
+  FSSA_INLINE_MEMBER void advance(int64_t columns) {
+    FSSA_UNROLL
+    for (int i = 0; i < (kRows + 3) / 4; ++i) fours[i] += columns;
+  }
+};
+
+// The bits of a number that bf16 holds.
+FSSA_INLINE uint32_t as_bf16_bits(BFloat16 value) { return value.bits; }
+FSSA_INLINE uint32_t as_bf16_bits(float value) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof bits);
+  return bits >> 16;
+}
+
+// The products of column kColumn from here on, which lies in the pairs at `w`.
+template <int kColumn, int kRows, int kHalves, typename Rows, typename Apart>
+FSSA_INLINE void add_column(const Rows& x, const uint32_t* w, Vec (&acc)[kRows][kHalves],
+                            Apart apart) {
+  const auto half = [&](int h) {
+    const Pairs pairs = load_pairs(w + kHalfColumns * h);
+    return kColumn % 2 ? high(pairs) : low(pairs);
+  };
+  if constexpr (kRoomForPanel) {
+    Vec columns[kHalves];
+    FSSA_UNROLL
+    for (int h = 0; h < kHalves; ++h) columns[h] = half(h);
+    FSSA_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      FSSA_UNROLL
+      for (int h = 0; h < kHalves; ++h) {
+        add_product(acc[r][h], columns[h], x.at(r) + kColumn + h * second(apart));
+      }
+    }
+  } else {
+    FSSA_UNROLL
+    for (int h = 0; h < kHalves; ++h) {
+      const Vec columns = half(h);
+      FSSA_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        add_product(acc[r][h], columns, x.at(r) + kColumn + h * second(apart));
+      }
+    }
+  }
+}
+
+// acc += x W^T for kRows rows and the first kHalves halves at `panel`, of a packed matrix [*, k]
+// whose next column pair is `step` words away.
+template <int kAheadBytes = kStepBytes, int kRows, int kHalves, typename Rows, typename Next,
+          typename Apart = Same>
+FSSA_INLINE void accumulate(Rows x, const BFloat16* panel, int64_t k, Vec (&acc)[kRows][kHalves],
+                            Next&& ahead, int64_t step = kPanelColumns, Apart apart = {}) {
+  const uint32_t* w = reinterpret_cast<const uint32_t*>(panel);
+  int64_t p = 0;
+  if constexpr (sizeof(typename Rows::Value) == 4) {
+    // Two pairs at a time: what a step does beside multiplying is a sixth of its instructions.
+    for (; p + 2 <= k / 2; p += 2, w += 2 * step) {
+      fetch<kRows, 2 * kAheadBytes>(ahead);
+      add_column<0>(x, w, acc, apart);
+      add_column<1>(x, w, acc, apart);
+      add_column<2>(x, w + step, acc, apart);
+      add_column<3>(x, w + step, acc, apart);
+      x.advance(4);
+    }
+  }
+  for (; p < k / 2; ++p, w += step) {
+    if constexpr (sizeof(typename Rows::Value) == 4) {
+      add_column<0>(x, w, acc, apart);
+      add_column<1>(x, w, acc, apart);
+    } else {
+      Pairs columns[kHalves];
+      FSSA_UNROLL
+      for (int h = 0; h < kHalves; ++h) columns[h] = load_pairs(w + kHalfColumns * h);
+      fetch<kRows, kAheadBytes>(ahead);
+      FSSA_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        FSSA_UNROLL
+        for (int h = 0; h < kHalves; ++h) {
+          const Pairs pair = broadcast_pair(x.at(r) + h * second(apart));
+          acc[r][h] = dot_pairs(acc[r][h], columns[h], pair);
+        }
+      }
+    }
+    x.advance(2);
+  }
+  if (k % 2) {
+    FSSA_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      FSSA_UNROLL
+      for (int h = 0; h < kHalves; ++h) {
+        const Pairs pair = broadcast_bits(as_bf16_bits(x.at(r)[h * second(apart)]));
+        acc[r][h] = dot_pairs(acc[r][h], load_pairs(w + kHalfColumns * h), pair);
+      }
+    }
+  }
+}
+
+template <int kAheadBytes = kStepBytes, int kRows, int kHalves, typename Rows, typename Next,
+          typename Apart = Same>
+FSSA_INLINE void accumulate(Rows x, const float* panel, int64_t k, Vec (&acc)[kRows][kHalves],
+                            Next&& ahead, int64_t step = kPanelColumns, Apart apart = {}) {
+  const float* w = panel;
+  for (int64_t i = 0; i < k; ++i, w += step) {
+    Vec columns[kHalves];
+    FSSA_UNROLL
+    for (int h = 0; h < kHalves; ++h) columns[h] = load(w + kHalfColumns * h);
+    fetch<kRows, kAheadBytes>(ahead);
+    FSSA_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      FSSA_UNROLL
+      for (int h = 0; h < kHalves; ++h) {
+        add_product(acc[r][h], columns[h], x.at(r) + h * second(apart));
+      }
+    }
+    x.advance(1);
+  }
+}
+
+}  // namespace FSSA_ISA

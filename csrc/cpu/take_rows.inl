@@ -1,0 +1,32 @@
+// Rows of a matrix by their numbers: an embedding, packed as the vocabulary head or not.
+namespace FSSA_ISA {
+
+template <typename T>
+void take_rows(const TakeRowsCall& a, Team& team) {
+  const Range mine = team.share(a.count.get());
+  for (int64_t t = mine.first; t < mine.last; ++t) {
+    T* y = static_cast<T*>(a.y) + t * a.k;
+    const int64_t row = a.index[t];
+    if (!a.packed) {
+      const T* from = static_cast<const T*>(a.table) + row * a.row_stride;
+      for (int64_t i = 0; i < a.k; ++i) y[i] = from[i];
+    } else {
+      const char* panel = static_cast<const char*>(a.table) +
+                          row / kPanelColumns * panel_bytes(a.dtype, a.k);
+      const int64_t lane = row % kPanelColumns;
+      constexpr int64_t kStep = sizeof(T) == 2 ? 2 : 1;
+      const T* from = reinterpret_cast<const T*>(panel) + lane * kStep;
+      for (int64_t i = 0; i < a.k; ++i) {
+        y[i] = from[i / kStep * (kPanelColumns * kStep) + i % kStep];
+      }
+    }
+    if (a.scale != 1.0f) {
+      for (int64_t i = 0; i < a.k; i += 16) {
+        const int64_t left = a.k - i;
+        store_up_to(y + i, mul(load_up_to(y + i, left), broadcast(a.scale)), left);
+      }
+    }
+  }
+}
+
+}  // namespace FSSA_ISA
