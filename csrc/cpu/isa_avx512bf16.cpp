@@ -1,8 +1,9 @@
 // The kernels for x86-64 with AVX-512 F, BW, VL, DQ and BF16.
+#define FSSA_USES_AVX512 1
 #include "isa_prologue.h"
 
 #ifdef FSSA_X86_KERNELS
-FSSA_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma")
+FSSA_TARGET_AVX512("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma")
 
 #define FSSA_ISA isa_avx512bf16
 #define FSSA_BF16_DOT 1

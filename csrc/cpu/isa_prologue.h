@@ -13,7 +13,9 @@
 #include "rope_kv_write.h"
 #include "sample.h"
 
-#ifdef FSSA_X86_KERNELS
+#if defined(FSSA_USES_AVX512) && defined(FSSA_EMULATE_AVX512)
+#include "emulated_avx512.h"
+#elif defined(FSSA_X86_KERNELS)
 #include <immintrin.h>
 #endif
 
@@ -44,4 +46,9 @@
 #else
 #define FSSA_TARGET(LIST) FSSA_PRAGMA(GCC target(LIST))
 #define FSSA_TARGET_END
+#endif
+#ifdef FSSA_EMULATE_AVX512
+#define FSSA_TARGET_AVX512(LIST) FSSA_TARGET("avx2,fma")
+#else
+#define FSSA_TARGET_AVX512(LIST) FSSA_TARGET(LIST)
 #endif

@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
-from rich.progress import Progress
 
 from ..engine.engine import Engine
 from ..errors import InputError
 from ..models.language_model import LanguageModel
 from ..request import Completion, Request, SamplingParams
+from .progress import counted
 
 
 class AnswerConfig(BaseModel):
@@ -79,8 +79,10 @@ def sample_answers(
         for prompt, style in wanted
     ]
     engine = Engine(model.decoder, model.stop_tokens, max_batch_size=config.batch_size)
-    with open(output, "a", encoding="utf-8") as file, Progress() as progress:
-        task = progress.add_task("sampling answers", total=len(requests))
+    with (
+        open(output, "a", encoding="utf-8") as file,
+        counted("sampling answers", len(requests)) as count,
+    ):
 
         def write(index: int, completion: Completion) -> None:
             prompt, style = wanted[index]
@@ -92,7 +94,7 @@ def sample_answers(
             }
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
             file.flush()
-            progress.advance(task)
+            count(1)
 
         engine.generate(requests, on_finish=write)
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.progress import Progress
 from safetensors import safe_open
 from safetensors.torch import save
 
@@ -25,6 +24,7 @@ from ..models.language_model import Content, LanguageModel
 from ..models.packed import PackedOptions, batches_by_tokens
 from .data import PreferenceData
 from .logprobs import token_logprob
+from .progress import counted
 
 MAX_BATCH_TOKENS = 4096
 MAX_LOOP_SPAN = 12
@@ -118,12 +118,11 @@ def _reference_logprobs(
     """log π_ref of every option ``[m]``, with progress."""
     reference = torch.empty(len(options))
     lengths = [len(prompt) + len(answer) for prompt, answer in options]
-    with Progress() as progress:
-        task = progress.add_task("reading their loops", total=len(options))
+    with counted("reading their loops", len(options)) as count:
         for batch in batches_by_tokens(lengths, MAX_BATCH_TOKENS):
             packed = PackedOptions.pack([options[i] for i in batch], model.decoder.device)
             reference[batch] = answer_logprobs(model.decoder, packed).cpu()
-            progress.advance(task, len(batch))
+            count(len(batch))
     return reference
 
 
@@ -135,14 +134,13 @@ def _measure_options(
     width = embedding.width(model.decoder.config.hidden_size)
     embeddings, reference = torch.empty(len(tokens), width), torch.empty(len(tokens))
     lengths = [len(prompt) + len(answer) for prompt, answer in tokens]
-    with Progress() as progress:
-        task = progress.add_task("reading the options", total=len(tokens))
+    with counted("reading the options", len(tokens)) as count:
         for batch in batches_by_tokens(lengths, MAX_BATCH_TOKENS):
             packed = PackedOptions.pack([tokens[i] for i in batch], model.decoder.device)
             hidden = packed.hidden(model.decoder)
             embeddings[batch] = pool(embedding, packed, hidden).cpu()
             reference[batch] = _answer_logprobs(model.decoder, packed, hidden).cpu()
-            progress.advance(task, len(batch))
+            count(len(batch))
     return {"embeddings": embeddings, "reference": reference}
 
 

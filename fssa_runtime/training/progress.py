@@ -1,10 +1,13 @@
-"""What a training shows while it runs: a line every few steps, and a bar where somebody watches."""
+"""What long work shows while it runs: a bar where somebody watches, lines now and then elsewhere."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
+from rich.progress import Progress as Bar
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
@@ -12,6 +15,30 @@ Progress = Literal["bar", "log", "off"]
 
 # What the trainer logs that says nothing of how the training goes: its epoch is the whole run.
 _NOT_SHOWN = {"epoch", "total_flos"}
+
+
+@contextmanager
+def counted(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Shows how much of ``total`` is done: call what this gives with how many more are.
+
+    A bar in a terminal; elsewhere, where a bar would only show when it is full, a line on standard
+    output for every tenth.
+    """
+    if sys.stdout.isatty():
+        with Bar() as bar:
+            task = bar.add_task(what, total=total)
+            yield lambda more: bar.advance(task, more)
+        return
+    done = 0
+
+    def count(more: int) -> None:
+        nonlocal done
+        tenth = 10 * done // max(total, 1)
+        done += more
+        if 10 * done // max(total, 1) > tenth:
+            print(f"{what}: {done} of {total}", flush=True)
+
+    yield count
 
 
 def shown_by(progress: Progress) -> TrainerCallback | None:

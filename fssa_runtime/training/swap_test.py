@@ -18,7 +18,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from rich.progress import Progress
 
 from ..conditioning.checkpoint import Choice
 from ..conditioning.user_weights import UserWeights
@@ -29,6 +28,7 @@ from ..request import Completion, SamplingParams
 from .answers import read_answers, read_prompts
 from .policy_options import MAX_BATCH_TOKENS, answer_logprobs
 from .population import PopulationConfig, candidates, heldout_answers, simulate
+from .progress import counted
 from .reward import PreferenceFiles
 from .tastes import TASTES, TasteScale, has_loop, repetition
 
@@ -189,9 +189,8 @@ def _generate(
         for condition in conditions
         for j, (prompt, user) in enumerate(zip(prompts, condition.users, strict=True))
     ]
-    with Progress() as progress:
-        task = progress.add_task("answering under every condition", total=len(requested))
-        flat = llm.run(requested, on_finish=lambda _i, _c: progress.advance(task))
+    with counted("answering under every condition", len(requested)) as count:
+        flat = llm.run(requested, on_finish=lambda _i, _c: count(1))
     return [flat[i : i + len(prompts)] for i in range(0, len(flat), len(prompts))]
 
 

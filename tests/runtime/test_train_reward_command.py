@@ -15,7 +15,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from fssa_runtime import LLM
 from fssa_runtime.cli import main
-from fssa_runtime.training.progress import StepBar, StepLines, shown_by, step_line
+from fssa_runtime.training.progress import StepBar, StepLines, counted, shown_by, step_line
 
 from .conditioned import random_conditioning, small_model
 from .reward_recipes import small_recipe, write_yaml
@@ -161,3 +161,14 @@ def test_either_module_runs(module: str) -> None:
         [sys.executable, "-m", module, "--version"], capture_output=True, text=True, check=True
     )
     assert done.stdout.startswith("fssa ")
+
+
+def test_what_is_counted_is_shown_in_tenths_where_there_is_no_terminal(capsys):
+    with counted("reading", 40) as count:
+        for more in (1, 2, 1, 30, 6):
+            count(more)
+    assert capsys.readouterr().out.splitlines() == [
+        "reading: 4 of 40",
+        "reading: 34 of 40",
+        "reading: 40 of 40",
+    ]
