@@ -1,4 +1,4 @@
-"""What long work shows while it runs: a bar where somebody watches, lines now and then elsewhere."""
+"""What long work shows while it runs: a bar where somebody watches, a line at times elsewhere."""
 
 from __future__ import annotations
 
