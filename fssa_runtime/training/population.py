@@ -154,7 +154,7 @@ def simulate(
                 a, b = pairs[prompt][rng.integers(len(pairs[prompt]))]
                 if rng.random() < 0.5:
                     a, b = b, a
-            else:  # these draws made the choices of the checkpoint that ships
+            else:  # answer by answer: these draws made the choices of `recipes/text_questions`
                 first, second = rng.choice(len(answers[prompt]), size=2, replace=False)
                 a, b = answers[prompt][first], answers[prompt][second]
             gap = utility(weights, a, scale) - utility(weights, b, scale)
