@@ -278,10 +278,9 @@ def implicit_reward() -> str:
     result = read("policy.json")
     if result is None:
         return NOT_MEASURED
-    known = [entry for entry in result["heldout"] if entry["accuracy"] is not None]
-    lines = ["| choices | " + " | ".join(str(e["n"]) for e in known) + " |"]
-    lines.append("|---|" + "---|" * len(known))
-    cells = [f"{100 * e['accuracy']:.1f} ± {100 * e['standard_error']:.1f}" for e in known]
+    contexts = result["heldout"]["contexts"]
+    lines = ["| choices | " + " | ".join(contexts) + " |", "|---|" + "---|" * len(contexts)]
+    cells = [f"{100 * e['accuracy']:.1f} ± {100 * e['accuracy_se']:.1f}" for e in contexts.values()]
     lines.append("| accuracy, % | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -305,7 +304,8 @@ def cpu_decode(file: str = "decode.json") -> str:
     if result is None:
         return NOT_MEASURED
     columns = [(f"batch {b}", rows) for b, rows in result["summary"]["decode"].items()]
-    columns.append((f"prefill {result['prefill_tokens']}", result["summary"]["prefill"]))
+    if result["summary"]["prefill"]:
+        columns.append((f"prefill {result['prefill_tokens']}", result["summary"]["prefill"]))
     lines = [f"| tokens/s | {' | '.join(title for title, _ in columns)} |"]
     lines.append("|---|" + "---|" * len(columns))
     sides = {name for _, rows in columns for name in rows} | set(result["absent"])
