@@ -220,9 +220,9 @@ def main(arguments: list[str] | None = None) -> int:
     from fssa_kernels.gpu.device import NOMINAL, device_facts
 
     if options.dry_run:
-        from fssa_kernels.gpu.interpreter import repair_bfloat16
+        from fssa_kernels.gpu.interpreter import repair
 
-        repair_bfloat16()
+        repair()
         if options.out is None:
             print("gpu_tune: --dry-run needs --out: it measures nothing", file=sys.stderr)
             return 2

@@ -54,9 +54,9 @@ def main(arguments: list[str] | None = None) -> int:
             command = [sys.executable, "-m", "benchmarks.gpu_suite", *(arguments or sys.argv[1:])]
             environment = {**os.environ, "TRITON_INTERPRET": "1"}
             return subprocess.run(command, env=environment, check=False).returncode
-        from fssa_kernels.gpu.interpreter import repair_bfloat16
+        from fssa_kernels.gpu.interpreter import repair
 
-        repair_bfloat16()
+        repair()
     results = run(options)
     from benchmarks.gpu_suite.report import headline
 

@@ -1,4 +1,4 @@
-"""Triton's interpreter, made to compute in bfloat16 as a GPU does."""
+"""Triton's interpreter, made to multiply and to compute in bfloat16 as a GPU does."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from triton.runtime import interpreter
 from triton.runtime.interpreter import TensorHandle
 
 
-def repair_bfloat16() -> None:
-    """Mend two faults of the interpreter, seen in Triton 3.4 to 3.9.
+def repair() -> None:
+    """Mend three faults of the interpreter, seen in Triton 3.4 to 3.9.
 
     It truncates where float32 becomes bfloat16; a GPU's ``cvt.rn`` and torch round to the nearest
     value, ties to even. And it keeps bfloat16 as 16-bit integers, which ``tl.dot`` then multiplies
-    as such.
+    as such. And numpy's product, by which it multiplies, may give a row other bits in another place
+    of the tile (OpenBLAS on AVX2 does), which no matrix instruction of a GPU does.
     """
     builder = interpreter.InterpreterBuilder
     cast, dot = builder.cast_impl, builder.create_dot
@@ -28,11 +29,24 @@ def repair_bfloat16() -> None:
         bits = wide.bfloat16().view(torch.int16).numpy().view(np.uint16)
         return TensorHandle(bits.reshape(source.data.shape), tl.bfloat16)
 
-    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+    def create_dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
         a, b = (
             self.cast_impl(side, tl.float32) if side.dtype.scalar == tl.bfloat16 else side
             for side in (a, b)
         )
-        return dot(self, a, b, *rest)
+        if not d.dtype.scalar.is_floating():
+            return dot(self, a, b, d, *rest)
+        kind = d.data.dtype
+        return TensorHandle(
+            d.data + product(a.data.astype(kind), b.data.astype(kind)), d.dtype.scalar
+        )
 
     builder.cast_impl, builder.create_dot = cast_impl, create_dot
+
+
+def product(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """a b for ``[..., M, K]`` and ``[..., K, N]``: each number one chain of additions over K."""
+    total = a[..., :, :1] * b[..., :1, :]
+    for k in range(1, a.shape[-1]):
+        total += a[..., :, k : k + 1] * b[..., k : k + 1, :]
+    return total

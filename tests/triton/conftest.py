@@ -8,8 +8,8 @@ pytest.importorskip("triton")
 from fssa_kernels.gpu.backend import is_interpreting
 
 if is_interpreting():
-    from fssa_kernels.gpu.interpreter import repair_bfloat16
+    from fssa_kernels.gpu.interpreter import repair
 
-    repair_bfloat16()
+    repair()
 else:
     collect_ignore_glob = ["test_*.py"]
