@@ -26,6 +26,8 @@ from .population import (
     PopulationConfig,
     build_named_users,
     build_preferences,
+    known_weights_accuracy,
+    user_weights,
     write_preferences,
 )
 from .reward import Embed, RewardConfig, TextOptions, train_reward
@@ -132,10 +134,14 @@ def answers_command(model: str, prompts: Path, config_file: Path, output: Path) 
 def choices_command(answers: Path, config_file: Path, output: Path) -> None:
     """Let a simulated population choose between sampled answers."""
     config = load_config(config_file, PopulationConfig)
-    preferences, _ = build_preferences(_read_some_answers(answers), config)
+    preferences, scale = build_preferences(_read_some_answers(answers), config)
     _make_parent(output)
     write_preferences(preferences, output)
-    Console().print(f"{len(preferences)} choices of {config.num_users} users in {output}")
+    predictable = known_weights_accuracy(preferences, user_weights(config), scale)
+    Console().print(
+        f"{len(preferences)} choices of {config.num_users} users in {output}; "
+        f"knowing their weights would predict {predictable:.1%}"
+    )
 
 
 def users_command(answers: Path, config_file: Path, output: Path) -> None:

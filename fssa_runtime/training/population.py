@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import re
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -158,11 +159,27 @@ def simulate(
                 first, second = rng.choice(len(answers[prompt]), size=2, replace=False)
                 a, b = answers[prompt][first], answers[prompt][second]
             gap = utility(weights, a, scale) - utility(weights, b, scale)
-            prefers_a = rng.random() < 1 / (1 + math.exp(-gap))
+            # The logistic function, written so that no gap overflows.
+            prefers_a = rng.random() < (1 + math.tanh(gap / 2)) / 2
             chosen, rejected = (a, b) if prefers_a else (b, a)
             mode = mode_of(weights) if name_modes else ""
             preferences.append(Preference(user, prompt, chosen, rejected, mode))
     return preferences
+
+
+def known_weights_accuracy(
+    preferences: Sequence[Preference], users: Mapping[str, Mapping[str, float]], scale: TasteScale
+) -> float:
+    """Share of simulated choices that whoever knew the hidden weights would predict."""
+
+    def prefers(preference: Preference) -> bool:
+        chosen, rejected = preference.chosen, preference.rejected
+        assert isinstance(chosen, str)
+        assert isinstance(rejected, str)
+        weights = users[preference.user]
+        return utility(weights, chosen, scale) > utility(weights, rejected, scale)
+
+    return statistics.fmean(map(prefers, preferences))
 
 
 def heldout_answers(

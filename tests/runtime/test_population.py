@@ -22,6 +22,7 @@ from fssa_runtime.training.population import (
     PopulationConfig,
     build_preferences,
     candidates,
+    known_weights_accuracy,
     simulate,
     usable_answer,
     user_weights,
@@ -163,3 +164,20 @@ def test_bad_files(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"prompt": "x"}\n')
     with pytest.raises(InputError, match=r"a\.jsonl:1"):
         read_answers(tmp_path / "a.jsonl")
+
+
+def test_who_knows_the_weights_predicts_what_is_not_noise() -> None:
+    def predictable(sign: float = 1.0, **settings: float) -> float:
+        config = PopulationConfig(
+            tastes=("lists",), num_users=40, choices_per_user=40, min_difference=0.3, **settings
+        )
+        preferences, scale = build_preferences(records(), config)
+        users = {
+            name: {taste: sign * value for taste, value in weights.items()}
+            for name, weights in user_weights(config).items()
+        }
+        return known_weights_accuracy(preferences, users, scale)
+
+    assert predictable(strength=1000.0) == 1.0
+    assert predictable(-1.0, strength=1000.0) == 0.0
+    assert 0.45 < predictable(strength=0.01) < 0.55
