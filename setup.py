@@ -4,7 +4,7 @@ FSSA_BUILD in the environment says what must be built. Unset: the CPU kernels if
 found, the CUDA kernels if nvcc is found; what cannot be built is reported, and the package installs
 without it and runs on the PyTorch references. "cpu": the CPU kernels alone, and a failure to build
 them is an error. "cuda": both, and a failure of either is an error. Whether there is a GPU does not
-matter.
+matter. FSSA_BUILD_JOBS: how many files are compiled at once, all processors' worth if unset.
 
 The CUDA kernels are compiled for the architectures in TORCH_CUDA_ARCH_LIST ("8.0;9.0a"), or for
 those of `_ARCHITECTURES` that nvcc knows, by the nvcc of CUDA_HOME, or of the path.
@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from pybind11.setup_helpers import Pybind11Extension, build_ext
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
 from setuptools.errors import CompileError, ExecError, LinkError, PlatformError, SetupError
 
@@ -204,7 +204,8 @@ def _extensions() -> list[Pybind11Extension]:
     headers = [str(p) for p in Path("csrc").rglob("*") if p.suffix in (".h", ".inl")]
     native = Pybind11Extension(
         "fssa_kernels._native",
-        ["csrc/bindings.cpp", *_sources("csrc/cpu", ".cpp")],
+        # Backwards, so that isa_portable.cpp, which takes longest, is among the first.
+        [*_sources("csrc/cpu", ".cpp")[::-1], "csrc/bindings.cpp"],
         depends=headers,
         cxx_std=17,
     )
@@ -223,4 +224,5 @@ def _extensions() -> list[Pybind11Extension]:
 if FSSA_BUILD not in ("", "cpu", "cuda"):
     raise SetupError(f"FSSA_BUILD: expected cpu, cuda or nothing, got {FSSA_BUILD!r}")
 
+ParallelCompile("FSSA_BUILD_JOBS").install()
 setup(ext_modules=_extensions(), cmdclass={"build_ext": BuildNative})

@@ -124,7 +124,7 @@ FSSA_INLINE void shrink(const ModulatedLinearCall& a, const Input<X>& input, int
     const int64_t first = rows.begin(i / halves), last = rows.begin(i / halves + 1);
     // The last tile brings the first panel of the weight.
     const Span next = i + 1 == mine.last ? a.first_panel(team) : Span{};
-    const Ahead ahead{next.data, next.data + next.bytes, nullptr, nullptr};
+    const Ahead ahead{next.data, next.data + next.bytes, nullptr, nullptr, false};
     shrink_tile_of<kMaxRows, A>(last - first, a, input, first, i % halves, ahead);
   }
 }

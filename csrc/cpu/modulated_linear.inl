@@ -134,7 +134,7 @@ FSSA_INLINE void product(const ModulatedLinearCall& a, const Input<X>& input, in
     for (int64_t i = begin; i < end; ++panel, tile = of_chunk.first) {
       fetch_expand(a, panel);
       const char* const bound = a.panel(panel + 2) + kLeadBytes;
-      Ahead ahead{brought, bound < stop ? bound : stop, queue, team.meanwhile_end()};
+      Ahead ahead{brought, bound < stop ? bound : stop, queue, team.meanwhile_end(), height > 1};
       if (a.panel(panel + 1) == stop) {
         const Span next = end < mine.last ? Span{a.panel(0), a.panel_bytes()} : team.upcoming();
         ahead.at = next.data;

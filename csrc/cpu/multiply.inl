@@ -3,13 +3,16 @@
 // k in order, whatever rows share the registers.
 namespace FSSA_ISA {
 
-// What will be read next, brought into the cache while something else is computed, as much with
-// every step of the inner loop as the step reads: one piece of memory, then those in a queue.
+// What will be read next, brought into the cache while something else is computed: one piece of
+// memory, then those in a queue. A step of the inner loop asks for as much as it reads, or, where
+// several tiles read the same, for half of that: a core that asks for more than the memory brings
+// waits for it, and makes up for nothing while it asks for none.
 struct Ahead {
   const char* at;
   const char* end;
   Span* queue;
   Span* queue_end;
+  bool halved;
 };
 
 struct NothingAhead {};
@@ -22,6 +25,14 @@ template <int kRows, int kBytes>
 FSSA_INLINE void fetch(NothingAhead&) {}
 
 template <int kRows, int kBytes>
+FSSA_INLINE void fetch_bytes(Ahead& ahead) {
+  constexpr int kEvery = kRows < kBothLinesRows ? 128 : 64;
+  FSSA_UNROLL
+  for (int i = 0; i < kBytes; i += kEvery) prefetch(ahead.at + i);
+  ahead.at += kBytes;
+}
+
+template <int kRows, int kBytes>
 FSSA_INLINE void fetch(Ahead& ahead) {
   if (ahead.at >= ahead.end) {
     if (ahead.queue == ahead.queue_end) return;
@@ -29,10 +40,11 @@ FSSA_INLINE void fetch(Ahead& ahead) {
     ahead.end = ahead.at + ahead.queue->bytes;
     ++ahead.queue;
   }
-  constexpr int kEvery = kRows < kBothLinesRows ? 2 : 1;
-  FSSA_UNROLL
-  for (int line = 0; line < kBytes / 64; line += kEvery) prefetch(ahead.at + 64 * line);
-  ahead.at += kBytes;
+  if (ahead.halved) {
+    fetch_bytes<kRows, kBytes / 2>(ahead);
+  } else {
+    fetch_bytes<kRows, kBytes>(ahead);
+  }
 }
 
 // The queue, which began at `queue`, after a loop: what is left of the piece at hand goes back.
