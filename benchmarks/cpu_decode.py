@@ -7,6 +7,9 @@ the machine does falls on all of them. What a peer's timing covers is said in
 `benchmarks.peers.worker`; ours covers the same through `Engine.generate`, scheduling and the choice
 of tokens included. Three rows are ours: no modulation, one user, and every row another user
 (gated, rank 16, all seven linears). Speed counts only behind the gates: see `gates`.
+
+A round takes every batch size and the prefill once, and the file is written anew after every round:
+whoever ends the run early (Ctrl-C) has the rounds there were, and the file says how many.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -36,6 +39,7 @@ from fssa_runtime.conditioning.merge import merged, reference_answer_logprobs
 from fssa_runtime.conditioning.table import ModulationTable
 from fssa_runtime.conditioning.user_weights import UserWeights
 from fssa_runtime.engine.engine import Engine
+from fssa_runtime.files import write_atomically
 from fssa_runtime.models.language_model import LanguageModel
 from fssa_runtime.models.pull import DEFAULT_MODEL
 from fssa_runtime.request import Completion, Request, SamplingParams
@@ -93,7 +97,7 @@ class Ours:
         sampling = SamplingParams(max_tokens=new)
         return [Request(prompt, user, sampling) for user in users]
 
-    def decode(self, row: str, batch: int, prompt: list[int], new: int) -> float:
+    def decode(self, row: str, batch: int, *, prompt: list[int], new: int) -> float:
         """Tokens a second of ``new`` steps, the prefill and its token left out."""
         started = [0.0]
 
@@ -220,47 +224,53 @@ def measure(
     new: int,
     rounds: int,
     console: Console,
-) -> dict[str, Any]:
-    """Every side in turn, ``rounds`` times after a round that does not count."""
-    sides: dict[str, dict[str, Callable[..., float]]] = {
-        row: {
-            "decode": lambda batch, row=row: ours.decode(row, batch, prompt, new),
-            "prefill": lambda row=row: ours.prefill(row, long_prompt),
-        }
-        for row in OURS
+) -> Iterator[dict[str, Any]]:
+    """All samples so far, after every round but the first, which does not count."""
+    decoders: dict[str, Callable[[int], float]] = {
+        row: functools.partial(ours.decode, row, prompt=prompt, new=new) for row in OURS
+    }
+    prefills: dict[str, Callable[[], float]] = {
+        row: functools.partial(ours.prefill, row, long_prompt) for row in OURS
     }
     for name, peer in peers.items():
-        sides[name] = {
-            "decode": lambda batch, peer=peer: _rate(peer.decode(batch, prompt, new)),
-            "prefill": lambda peer=peer: _rate(peer.prefill(long_prompt)),
-        }
+        decoders[name] = lambda batch, peer=peer: _rate(peer.decode(batch, prompt, new))
+        prefills[name] = lambda peer=peer: _rate(peer.prefill(long_prompt))
     limits = Limits()
-    raw: dict[str, Any] = {"decode": {}, "prefill": {name: [] for name in sides}, "limits": {}}
-    for batch in batches:
-        samples: dict[str, list[float]] = {name: [] for name in sides}
-        stream, product = [], []
-        for number in range(rounds + 1):
-            rates = _round(
-                {name: functools.partial(side["decode"], batch) for name, side in sides.items()}
-            )
-            _report(console, f"batch {batch}, round {number} of {rounds}", rates)
-            if number:
-                stream.append(limits.stream())
-                product.append(limits.product())
-                for name, rate in rates.items():
-                    samples[name].append(rate)
-        raw["decode"][str(batch)] = samples
-        raw["limits"][str(batch)] = {"stream_bytes_per_s": stream, "product_flop_per_s": product}
+    raw: dict[str, Any] = {
+        "decode": {str(batch): {name: [] for name in decoders} for batch in batches},
+        "prefill": {name: [] for name in prefills},
+        "limits": {
+            str(batch): {"stream_bytes_per_s": [], "product_flop_per_s": []} for batch in batches
+        },
+    }
     for number in range(rounds + 1):
-        rates = _round({name: side["prefill"] for name, side in sides.items()})
-        _report(console, f"prefill, round {number} of {rounds}", rates)
+        where = f"round {number} of {rounds}"
+        for batch in batches:
+            sides = {name: functools.partial(side, batch) for name, side in decoders.items()}
+            rates = _round(sides)
+            _report(console, f"{where}, batch {batch}", rates)
+            if number:
+                _append(raw["decode"][str(batch)], rates)
+                _append(
+                    raw["limits"][str(batch)],
+                    {
+                        "stream_bytes_per_s": limits.stream(),
+                        "product_flop_per_s": limits.product(),
+                    },
+                )
+        rates = _round(prefills)
+        _report(console, f"{where}, prefill", rates)
         if number:
-            for name, rate in rates.items():
-                raw["prefill"][name].append(rate)
-    return raw
+            _append(raw["prefill"], rates)
+            yield raw
 
 
-def _round(sides: dict[str, Callable[[], float]]) -> dict[str, float]:
+def _append(samples: dict[str, list[float]], values: dict[str, float]) -> None:
+    for name, value in values.items():
+        samples[name].append(value)
+
+
+def _round(sides: Mapping[str, Callable[[], float]]) -> dict[str, float]:
     """Every side once; ours, which are quick, again in reverse, so that drift spares nobody."""
     rates = {name: [side()] for name, side in sides.items()}
     for name in reversed(OURS):
@@ -362,7 +372,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=None, help="default: physical cores")
     parser.add_argument("--model", default=DEFAULT_MODEL)
-    parser.add_argument("--json", type=Path, help="where the result goes")
+    parser.add_argument("--json", type=Path, help="where the result goes, after every round")
     options = parser.parse_args(arguments)
     options.peers = [name for name in options.peers.split(",") if name]
     unknown = sorted(set(options.peers) - set(PEERS))
@@ -384,6 +394,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if NATIVE is None:
         console.print("the native kernels are not built: nothing to measure")
         return 1
+    if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
     set_threads(options.threads)
     model = LanguageModel.load(options.model, dtype="bfloat16", show_progress=True)
     prompt = model.chat_tokens(PROMPT)
@@ -411,20 +423,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     threads=torch.get_num_threads(),
                 )
             )
-        raw = measure(
-            ours,
-            peers,
-            options.batch,
-            prompt=prompt,
-            long_prompt=long_prompt,
-            new=options.new_tokens,
-            rounds=options.rounds,
-            console=console,
-        )
-        versions = {n: {"version": p.version, "settings": p.settings} for n, p in peers.items()}
-    summary = summarise(raw, ours, len(prompt) + options.new_tokens // 2)
-    show(summary, absent, console)
-    if options.json is not None:
         result = {
             "machine": machine(),
             "model": options.model,
@@ -433,13 +431,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "new_tokens": options.new_tokens,
             "prefill_tokens": options.prefill_tokens,
             "gates": passed,
-            "peers": versions,
+            "peers": {n: {"version": p.version, "settings": p.settings} for n, p in peers.items()},
             "absent": absent,
-            "summary": summary,
-            "raw": raw,
         }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+        try:
+            for raw in measure(
+                ours,
+                peers,
+                options.batch,
+                prompt=prompt,
+                long_prompt=long_prompt,
+                new=options.new_tokens,
+                rounds=options.rounds,
+                console=console,
+            ):
+                result["rounds"] = len(raw["prefill"][OURS[0]])
+                result["summary"] = summarise(raw, ours, len(prompt) + options.new_tokens // 2)
+                result["raw"] = raw
+                if options.json is not None:
+                    write_atomically(options.json, f"{json.dumps(result, indent=2)}\n".encode())
+        except KeyboardInterrupt:
+            console.print(f"ended after round {result.get('rounds', 0)} of {options.rounds}")
+    if "summary" not in result:
+        return 130
+    show(result["summary"], absent, console)
     return 0
 
 
