@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.kept_runs import finished, same_run
+from benchmarks.rewards import mean_and_error, over_seeds
 from benchmarks.text_population import ROOT, make_choices
 from fssa_runtime.conditioning.layout import RowLayout
 from fssa_runtime.errors import InputError
@@ -115,18 +115,16 @@ def closed(runs: Mapping[str, Mapping[str, Any]], name: str, n: str) -> dict[str
 
 
 def summary(by_seed: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, Any]:
-    """Accuracy by n and the share of the gap closed, mean and each seed's."""
+    """By policy: what was measured by n, and the share of the gap closed, each as its mean and
+    standard error over the seeds."""
     result: dict[str, Any] = {}
     for name in by_seed[0]:
-        contexts = by_seed[0][name]["contexts"]
-        entry: dict[str, Any] = {
-            "accuracy": {
-                n: statistics.fmean(runs[name]["contexts"][n]["accuracy"] for runs in by_seed)
-                for n in contexts
-            }
-        }
+        entry: dict[str, Any] = {"mean": over_seeds([{"heldout": runs[name]} for runs in by_seed])}
         if name in (*FAMILIES, PROMPT):
-            entry["gap_closed"] = {n: [closed(runs, name, n) for runs in by_seed] for n in contexts}
+            entry["gap_closed"] = {
+                n: mean_and_error([closed(runs, name, n)["share"] for runs in by_seed])
+                for n in entry["mean"]
+            }
         result[name] = entry
     return result
 
@@ -197,9 +195,8 @@ def main() -> int:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for name, entry in result["summary"].items():
-        print(
-            name, entry["accuracy"], [g["share"] for g in entry.get("gap_closed", {}).get("10", [])]
-        )
+        accuracies = {n: measured["accuracy"] for n, measured in entry["mean"].items()}
+        print(name, accuracies, entry.get("gap_closed", ""))
     return 0
 
 

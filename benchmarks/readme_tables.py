@@ -221,24 +221,30 @@ def policies() -> str:
         return NOT_MEASURED
     summary, sizes = result["summary"], result["numbers_a_user"]
     everybody = "DPO, everybody"
-    floor = summary[everybody]["accuracy"]["0"]
     held_against = [name for name in summary if "gap_closed" in summary[name]]
-    contexts = list(summary[held_against[0]]["accuracy"])
-    gap = f"of the gap at {contexts[-1]}, %"
+    contexts = list(summary[held_against[0]]["mean"])
+    most = contexts[-1]
+    columns = [*contexts, f"worst kind at {most}, %", f"NLL at {most}", f"of the gap at {most}, %"]
     lines = [
-        f"| choices n | numbers a user | {' | '.join(contexts)} | {gap} |",
-        "|---|---|" + "---|" * (len(contexts) + 1),
-        f"| {everybody}, % | | {100 * floor:.1f} |" + " |" * len(contexts),
+        f"| choices n | numbers a user | {' | '.join(columns)} |",
+        "|---|---|" + "---|" * len(columns),
     ]
+
+    def row(name: str, numbers: int | str, cells: list[str]) -> None:
+        cells += [""] * (len(columns) - len(cells))
+        lines.append(f"| {name}, % | {numbers} | {' | '.join(cells)} |")
+
+    row(everybody, "", [_seeds(summary[everybody]["mean"]["0"]["accuracy"], 100, 1)])
     for name in held_against:
-        entry = summary[name]
-        cells = [f"{100 * entry['accuracy'][n]:.1f}" for n in contexts]
-        shares = [100 * closed["share"] for closed in entry["gap_closed"][contexts[-1]]]
-        closed = f"{statistics.fmean(shares):.1f}"
-        lines.append(f"| {name}, % | {sizes.get(name, '')} | {' | '.join(cells)} | {closed} |")
+        mean = summary[name]["mean"]
+        cells = [_seeds(mean[n]["accuracy"], 100, 1) for n in contexts]
+        cells.append(_seeds(mean[most]["worst_accuracy"], 100, 1))
+        cells.append(_seeds(mean[most]["nll"], 1, 3))
+        cells.append(_seeds(summary[name]["gap_closed"][most], 100, 1))
+        row(name, sizes.get(name, ""), cells)
     dedicated = [name for name in summary if name not in (everybody, *held_against)]
-    own = statistics.fmean(summary[name]["accuracy"]["0"] for name in dedicated)
-    lines.append(f"| DPO, each kind alone, % | | {100 * own:.1f} |" + " |" * len(contexts))
+    own = [summary[name]["mean"]["0"]["accuracy"]["mean"] for name in dedicated]
+    row("DPO, each kind alone", "", [f"{100 * statistics.fmean(own):.1f}"])
     return "\n".join(lines)
 
 

@@ -125,7 +125,8 @@ def over_seeds(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
             if limit in entries[0]:
                 values[f"{name}_minus_bayes"] = [e[name] - e[limit] for e in entries]
             same = f"{limit}_same_tasks"
-            values[f"{name}_minus_bayes_same_tasks"] = [e[name] - e[same] for e in entries]
+            if same in entries[0]:
+                values[f"{name}_minus_bayes_same_tasks"] = [e[name] - e[same] for e in entries]
         if "identification_error" in entries[0]:
             values["identification_error_minus_bayes"] = [
                 e["identification_error"] - e["bayes_identification_error"] for e in entries

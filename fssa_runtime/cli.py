@@ -99,10 +99,14 @@ def _add_demo(commands: Subparsers) -> None:
         default="float32",
         help="of weights and activations (default: float32)",
     )
-    demo.add_argument(
+    _add_device(demo)
+    demo.add_argument("--json", type=Path, metavar="FILE", help="also write everything as JSON")
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--device", choices=["cpu", "cuda"], default="cpu", help="cpu or cuda (default: cpu)"
     )
-    demo.add_argument("--json", type=Path, metavar="FILE", help="also write everything as JSON")
 
 
 def _demo(arguments: argparse.Namespace) -> None:
@@ -164,6 +168,7 @@ def _add_data(commands: Subparsers) -> None:
     answers.add_argument("--prompts", type=Path, required=True, help="text file, one a line")
     answers.add_argument("--config", type=Path, required=True, help="styles and sampling, YAML")
     answers.add_argument("--output", type=Path, required=True, help="JSON lines, appended to")
+    _add_device(answers)
     users = _add(steps, "users", _users, "named people who make a few choices, for the demo")
     users.add_argument("--answers", type=Path, required=True, help="what `data answers` wrote")
     users.add_argument("--config", type=Path, required=True, help="names and weights, YAML")
@@ -177,7 +182,13 @@ def _add_data(commands: Subparsers) -> None:
 def _answers(arguments: argparse.Namespace) -> None:
     from .training.commands import answers_command
 
-    answers_command(arguments.model, arguments.prompts, arguments.config, arguments.output)
+    answers_command(
+        arguments.model,
+        arguments.prompts,
+        arguments.config,
+        arguments.output,
+        device=arguments.device,
+    )
 
 
 def _users(arguments: argparse.Namespace) -> None:
@@ -196,12 +207,13 @@ def _add_evaluate(commands: Subparsers) -> None:
     evaluate = _add(commands, "evaluate", _evaluate, "swap test: do texts follow the choices?")
     evaluate.add_argument("--config", type=Path, required=True, help="what to measure, YAML")
     evaluate.add_argument("--output", type=Path, required=True, help="results, JSON")
+    _add_device(evaluate)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     from .training.commands import evaluate_command
 
-    evaluate_command(arguments.config, arguments.output)
+    evaluate_command(arguments.config, arguments.output, device=arguments.device)
 
 
 def _add_plan(commands: Subparsers) -> None:

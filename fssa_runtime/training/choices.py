@@ -59,8 +59,21 @@ class ChoiceData:
 
     @property
     def prompt_ids(self) -> np.ndarray:
-        """[N] int64: every choice is a question of its own."""
+        """[N] int64: every choice has a prompt of its own."""
         return np.arange(len(self), dtype=np.int64)
+
+    @property
+    def question_ids(self) -> np.ndarray:
+        """[N] int64: equal numbers for the same options, whichever of them was chosen; numbered by
+        first appearance."""
+        offers = torch.cat([self.chosen[:, None], self.rejected], dim=1).numpy() + 0.0  # no -0.0
+        real = torch.cat([torch.ones(len(self), 1, dtype=torch.bool), self.mask], dim=1).numpy()
+        ids: dict[tuple[bytes, ...], int] = {}
+        found = [
+            ids.setdefault(tuple(sorted(option.tobytes() for option in offered[kept])), len(ids))
+            for offered, kept in zip(offers, real, strict=True)
+        ]
+        return np.asarray(found, dtype=np.int64)
 
 
 def read_choices(paths: Sequence[Path]) -> ChoiceData:

@@ -51,7 +51,7 @@ def train_reward_command(config_file: Path, *, resume: bool, overwrite: bool) ->
                 f"{config_file}: options: expected the base model that reads the text, got none"
             )
         try:
-            embed, fingerprint, base = option_reader(config.options)
+            embed, fingerprint, base = option_reader(config.options, training_device(config.train))
         except InputError as error:
             reason = str(error).removeprefix("--model ")
             raise InputError(f"{config_file}: options.model: {reason}") from error
@@ -122,11 +122,13 @@ def train_policy_command(config_file: Path, *, resume: bool, overwrite: bool) ->
         print(f"trained in {result.fit.seconds:.0f} s; checkpoint: {checkpoint}")
 
 
-def answers_command(model: str, prompts: Path, config_file: Path, output: Path) -> None:
+def answers_command(
+    model: str, prompts: Path, config_file: Path, output: Path, *, device: str
+) -> None:
     """Sample answers to every prompt in every style; goes on where an earlier call stopped."""
     config = load_config(config_file, AnswerConfig)
     wanted = read_prompts(prompts)
-    loaded = LanguageModel.load(model, dtype="bfloat16", show_progress=True)
+    loaded = LanguageModel.load(model, dtype="bfloat16", device=device, show_progress=True)
     _make_parent(output)
     sample_answers(loaded, wanted, config, output)
 
@@ -153,9 +155,9 @@ def users_command(answers: Path, config_file: Path, output: Path) -> None:
     Console().print(f"{len(users)} users with {config.num_choices} choices each in {output}")
 
 
-def evaluate_command(config_file: Path, output: Path) -> None:
+def evaluate_command(config_file: Path, output: Path, *, device: str) -> None:
     """Run the swap test; write JSON, print the summary."""
-    result = run_swap_test(load_config(config_file, SwapTestConfig))
+    result = run_swap_test(load_config(config_file, SwapTestConfig), device)
     _make_parent(output)
     write_atomically(output, (json.dumps(result, indent=2, default=str) + "\n").encode())
     _print_swap_test(result)
@@ -196,10 +198,14 @@ def _need_files(config_file: Path, files: Sequence[Path]) -> None:
             raise InputError(f"{config_file}: data.files: expected a file, found none at {path}")
 
 
-def option_reader(options: TextOptions) -> tuple[Embed, str, str]:
+def option_reader(
+    options: TextOptions, device: torch.device | str = "cpu"
+) -> tuple[Embed, str, str]:
     """What turns options into vectors, a name for it that changes when the vectors would, and the
     fingerprint of the base model's weights."""
-    model = LanguageModel.load(options.model, dtype=options.dtype, show_progress=True)
+    model = LanguageModel.load(
+        options.model, dtype=options.dtype, device=device, show_progress=True
+    )
     config: EmbeddingConfig = options.embedding
 
     def embed(asked: Sequence[tuple[Content, Content]]) -> torch.Tensor:

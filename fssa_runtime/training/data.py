@@ -30,6 +30,8 @@ from fssa_runtime.training.records import (
     user_of,
 )
 
+# Of a prompt, in an error.
+NAMED_CHARACTERS = 60
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -83,6 +85,25 @@ class PreferenceData:
         ids: dict[Content, int] = {}
         found = [ids.setdefault(p.prompt, len(ids)) for p in self.preferences]
         return np.asarray(found, dtype=np.int64)
+
+    @cached_property
+    def question_ids(self) -> np.ndarray:
+        """[N] int64: equal numbers for the same prompt with the same options, whichever of them was
+        chosen; numbered by first appearance."""
+        ids: dict[tuple[Content, frozenset[Content]], int] = {}
+        found = [
+            ids.setdefault((p.prompt, frozenset((p.chosen, *p.all_rejected))), len(ids))
+            for p in self.preferences
+        ]
+        return np.asarray(found, dtype=np.int64)
+
+    def whose(self, prompt: Content, completion: Content) -> str:
+        """Who first saw this option, and after which prompt: what an error calls it."""
+        for p in self.preferences:
+            if p.prompt == prompt and completion in (p.chosen, *p.all_rejected):
+                asked = prompt if isinstance(prompt, str) else prompt[-1].content
+                return f"an answer to {asked[:NAMED_CHARACTERS]!r}, seen by user {p.user!r}"
+        raise KeyError((prompt, completion))
 
     @cached_property
     def mode_of_user(self) -> Mapping[str, str]:
@@ -256,6 +277,8 @@ def _alternatives(value: Any) -> list[tuple[Any, str]]:
 
 def _content(value: Any, where: str) -> Content:
     if isinstance(value, str):
+        if not value.strip():
+            raise PreferenceError(f"{where}: expected words, got {describe(value)}")
         return value
     if not isinstance(value, list):
         raise PreferenceError(
@@ -279,6 +302,10 @@ def _content(value: Any, where: str) -> Content:
         if not isinstance(content, str):
             raise PreferenceError(
                 f"{where}: message {i}: field 'content': expected text, got {describe(content)}"
+            )
+        if not content.strip():
+            raise PreferenceError(
+                f"{where}: message {i}: field 'content': expected words, got {describe(content)}"
             )
         messages.append(Message(role, content))
     return tuple(messages)

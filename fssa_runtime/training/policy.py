@@ -36,7 +36,7 @@ from .data import PreferenceData, Split, read_preferences, rows_of_mode, split_p
 from .evaluation import Batch, Scores, evaluate
 from .losses import dpo_loss, implicit_reward
 from .policy_options import Options, answer_logprobs, prepare_options
-from .policy_recipe import PolicyConfig
+from .policy_recipe import ONLY_DETERMINISTIC, PolicyConfig
 from .prompted import prompted_scores
 from .reward_model import load_reward
 from .tasks import EVALUATION, TaskDataset, TooFewChoicesError, collate_rows
@@ -146,7 +146,7 @@ class PolicyObjective(nn.Module):
         decoder, options = self._base
         device = decoder.device
         latent = self.latent(context_rows, context_mask)
-        generated = self.modulator.rows(latent.rsample() if self.training else latent.mean)
+        generated = self.modulator.rows(latent.mean)
         mask = target_mask.cpu()
         rows = target_rows.cpu()[mask]
         users = mask.nonzero()[:, 0]
@@ -211,6 +211,7 @@ def train_policy(config: PolicyConfig, model: LanguageModel) -> PolicyResult:
         num_tasks=config.train.num_tasks,
         seed=config.train.seed,
     )
+    tasks.say_who_is_left_out()
     assert config.modulator is not None
     encoder = _initial_encoder(config, config.modulator.latent_dim, options, rows)
     modulator = Modulator(config.modulator, model.decoder.config)
@@ -231,7 +232,7 @@ def train_policy(config: PolicyConfig, model: LanguageModel) -> PolicyResult:
         nll_weight=config.nll_weight,
         loop_weight=config.loop_weight,
     )
-    outcome = fit(objective, tasks, config.train, collate=collate_rows)
+    outcome = fit(objective, tasks, config.train, collate=collate_rows, recipe=config.decisive())
     modulator.weaken(config.strength)
     conditioning = Conditioning(
         encoder.eval(), modulator.eval(), config.embedding, config.model, model.fingerprint
@@ -330,6 +331,11 @@ def _initial_encoder(
             raise InputError(f"init_encoder {config.init_encoder}: the reward has no encoder")
         if config.encoder is not None:
             raise InputError("encoder: expected none beside init_encoder, which brings its own")
+        if reward_encoder.config.stochastic:
+            raise InputError(
+                f"init_encoder {config.init_encoder}: expected a deterministic encoder, "
+                f"{ONLY_DETERMINISTIC}"
+            )
         encoder = reward_encoder
     found = (encoder.config.option_dim, encoder.config.latent_dim)
     if found != (option_dim, latent_dim):

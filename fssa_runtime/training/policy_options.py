@@ -18,11 +18,12 @@ from safetensors.torch import save
 
 from ..conditioning.embedding import EmbeddingConfig, pool
 from ..conditioning.modulation import Modulation
+from ..errors import InputError
 from ..files import write_atomically
 from ..models.decoder import Decoder
-from ..models.language_model import Content, LanguageModel
+from ..models.language_model import LanguageModel
 from ..models.packed import PackedOptions, batches_by_tokens
-from .data import PreferenceData
+from .data import Content, PreferenceData
 from .logprobs import token_logprob
 from .progress import counted
 
@@ -68,12 +69,20 @@ def prepare_options(
     """Embeddings and reference log-probabilities of every distinct option, with progress.
 
     With ``cache``, what an earlier call wrote for the same base, dtype and options is read.
+
+    Raises:
+        InputError: an option longer than the model's context, named by its prompt and user.
     """
     index: dict[tuple[Content, Content], int] = {}
     chosen = [index.setdefault((p.prompt, p.chosen), len(index)) for p in data.preferences]
     rejected = [index.setdefault((p.prompt, p.rejected), len(index)) for p in data.preferences]
     options = list(index)
-    tokens = [model.option_tokens(prompt, completion) for prompt, completion in options]
+    tokens = []
+    for option in options:
+        try:
+            tokens.append(model.option_tokens(*option))
+        except InputError as error:
+            raise InputError(f"{data.whose(*option)}: {error}") from error
     draws = random.Random(0)
     loops = [(prompt, loop_of(answer, draws)) for prompt, answer in tokens]
     described = [model.fingerprint, str(model.decoder.dtype), embedding.pooling, tokens, loops]

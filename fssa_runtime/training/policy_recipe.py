@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from typing_extensions import Self
@@ -14,6 +14,8 @@ from ..conditioning.layout import ModulatorConfig
 from .reward_recipe import PreferenceFiles
 from .tasks import TaskConfig
 from .trainer import TrainSettings
+
+ONLY_DETERMINISTIC = "since NP-DPO has no term that would keep a posterior's width from zero"
 
 
 class PolicyEvaluation(BaseModel):
@@ -79,8 +81,15 @@ class PolicyConfig(BaseModel):
             )
         if self.method != "np-dpo" and self.nobody_is_base:
             raise ValueError(f"nobody_is_base: expected false for method {self.method!r}")
+        if self.encoder is not None and self.encoder.stochastic:
+            raise ValueError(f"encoder.stochastic: expected false, {ONLY_DETERMINISTIC}")
         if self.method == "dpo" and self.tasks.context_max:
             raise ValueError("tasks.context_max: expected 0 for method 'dpo': it reads no choices")
         if self.method == "dpo" and set(self.evaluation.contexts) != {0}:
             raise ValueError("evaluation.contexts: expected [0] for method 'dpo'")
         return self
+
+    def decisive(self) -> dict[str, Any]:
+        """What decides the trained weights beside ``train``, as JSON has it."""
+        after = {"train", "options_file", "strength", "evaluation", "save_dtype"}
+        return self.model_dump(mode="json", exclude=after)

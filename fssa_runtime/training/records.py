@@ -60,6 +60,8 @@ def describe(value: Any) -> str:
         return "null"
     if value == "":
         return "empty text"
+    if isinstance(value, str) and value.isspace():
+        return "white space"
     names = {str: "text", list: "a list", dict: "an object", bool: "a boolean"}
     return names.get(type(value), f"a number ({value})")
 

@@ -107,6 +107,7 @@ def train_reward(
         source.training,
         config.train,
         collate=collate_options,
+        recipe=config.decisive(),
         callbacks=callbacks,
     )
     if not process().is_main:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from typing_extensions import Self
@@ -174,4 +174,10 @@ class RewardConfig(_Strict):
             encoder=encoder,
             head=self.head,
             gaussian=self.model == "dpl",
+        )
+
+    def decisive(self) -> dict[str, Any]:
+        """What decides the trained weights beside `train`, as JSON has it."""
+        return self.model_dump(
+            mode="json", exclude={"train": True, "evaluation": True, "options": {"file": True}}
         )

@@ -16,6 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fssa_runtime.errors import InputError
 from fssa_runtime.files import write_atomically
 from fssa_runtime.training.choices import read_choices, split_users
 from fssa_runtime.training.data import (
@@ -177,6 +178,7 @@ def _training_tasks(
     tasks = TaskDataset(
         data, rows, config.tasks, num_tasks=config.train.num_tasks, seed=config.train.seed
     )
+    tasks.say_who_is_left_out()
     return EmbeddedTaskDataset(tasks, *options)
 
 
@@ -242,7 +244,7 @@ def embed_preferences(
         parts: list[Tensor] = []
         for start in range(0, len(options), batch_size):
             asked = options[start : start + batch_size]
-            part = embed(asked)
+            part = _embedded(embed, asked, data)
             width = parts[0].shape[1] if parts else part.shape[-1]
             if part.shape != (len(asked), width):
                 raise ValueError(
@@ -263,6 +265,19 @@ def embed_preferences(
     mask = torch.tensor([[r < len(row) for r in range(most)] for row in rejected])
     padded = torch.tensor([row + [0] * (most - len(row)) for row in rejected])
     return EmbeddedChoices(table[chosen], table[padded] * mask[..., None], mask)
+
+
+def _embedded(embed: Embed, asked: list[tuple[Content, Content]], data: PreferenceData) -> Tensor:
+    """embed(asked); an option that it refuses is named by its prompt and user."""
+    try:
+        return embed(asked)
+    except InputError:
+        for option in asked:
+            try:
+                embed([option])
+            except InputError as error:
+                raise InputError(f"{data.whose(*option)}: {error}") from error
+        raise
 
 
 def _read_embeddings(cache: Path | None, key: str) -> Tensor | None:

@@ -77,7 +77,7 @@ class _Condition:
     users: Sequence[UserWeights | None]
 
 
-def run_swap_test(config: SwapTestConfig) -> dict[str, Any]:
+def run_swap_test(config: SwapTestConfig, device: str = "cpu") -> dict[str, Any]:
     """Generate, measure and summarise; a plain dict for JSON.
 
     Raises:
@@ -94,7 +94,7 @@ def run_swap_test(config: SwapTestConfig) -> dict[str, Any]:
     texts = [text for options in answers.values() for text in options]
     scale = TasteScale.fit(texts, config.population.tastes)
     context = heldout_answers(config.data, answers)
-    model = LanguageModel.load(config.model, dtype=config.dtype, show_progress=True)
+    model = LanguageModel.load(config.model, dtype=config.dtype, device=device, show_progress=True)
     llm = LLM(model, config.conditioning, max_batch_size=config.batch_size)
     conditions = [_Condition("", "unmodulated", 0.0, [None] * len(prompts))]
     for number, taste in enumerate(config.population.tastes):
@@ -252,9 +252,10 @@ def spearman(values: Sequence[float]) -> float:
     """Rank correlation of values with their order: 1 if they only rise. Equal ones share a rank."""
     array = np.asarray(values)
     ranks = (array[:, None] > array).sum(1) + 0.5 * ((array[:, None] == array).sum(1) - 1)
-    if np.ptp(ranks) == 0:
-        return 0.0
-    return float(np.corrcoef(np.arange(len(array)), ranks)[0, 1])
+    order = np.arange(len(array)) - np.arange(len(array)).mean()
+    ranks = ranks - ranks.mean()
+    spread = (order @ order) * (ranks @ ranks)
+    return float(order @ ranks / math.sqrt(spread)) if spread else 0.0
 
 
 def _mean_and_error(values: np.ndarray) -> dict[str, float]:

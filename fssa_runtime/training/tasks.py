@@ -6,6 +6,7 @@ uninterrupted one, and evaluation (`EVALUATION`) never meets a training draw (`T
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -20,6 +21,8 @@ from typing_extensions import Self
 
 TRAINING = 0
 EVALUATION = 1
+# Users that a warning names.
+MAX_NAMED = 5
 
 
 class TooFewChoicesError(ValueError):
@@ -62,6 +65,9 @@ class ChoiceRecords(Protocol):
     def prompt_ids(self) -> np.ndarray: ...
 
     @property
+    def question_ids(self) -> np.ndarray: ...
+
+    @property
     def mode_of_user(self) -> Mapping[str, str]: ...
 
 
@@ -98,10 +104,11 @@ class TaskDataset(Dataset[Task]):
     """Map-style data set of `num_tasks` tasks over the given rows of the preferences.
 
     A task: a user drawn uniformly, a random order of that user's choices, n, the first n choices
-    as context and up to `num_targets` from the other end as targets. With
-    `disjoint_by="prompt"` no prompt of the context occurs among the targets either. n is drawn
-    from {context_min .. min(context_max, what leaves at least one target)}. The order does not
-    depend on n: data sets with the same seed and different n have nested contexts.
+    as context and up to `num_targets` from the other end as targets. A question that a user was
+    asked twice, answered alike or not, is in one of the two only; with `disjoint_by="prompt"` a
+    prompt is. n is drawn from {context_min .. min(context_max, what leaves at least one target)}.
+    The order does not depend on n: data sets with the same seed and different n have nested
+    contexts.
 
     Users with too few choices for context_min and a target are left out and named in
     `left_out_users`; TooFewChoicesError when nobody remains.
@@ -121,8 +128,9 @@ class TaskDataset(Dataset[Task]):
         self.num_tasks = num_tasks
         self._data = data
         self._key = (seed, stream)
-        # What a context and its targets must not share: the prompt, or just the pair itself.
-        self._groups = data.prompt_ids if config.disjoint_by == "prompt" else np.arange(len(data))
+        # What a context and its targets must not share: the prompt, or just the options of one.
+        by_prompt = config.disjoint_by == "prompt"
+        self._groups = data.prompt_ids if by_prompt else data.question_ids
         wanted = np.zeros(len(data), dtype=bool)
         wanted[rows] = True
         self._users: list[tuple[str, np.ndarray]] = []
@@ -147,6 +155,19 @@ class TaskDataset(Dataset[Task]):
     @property
     def num_users(self) -> int:
         return len(self._users)
+
+    def say_who_is_left_out(self) -> None:
+        """A warning that counts `left_out_users` and names some, if there are any."""
+        if not self.left_out_users:
+            return
+        count = len(self.left_out_users)
+        named = ", ".join(map(repr, self.left_out_users[:MAX_NAMED]))
+        more = f" and {count - MAX_NAMED} more" if count > MAX_NAMED else ""
+        warnings.warn(
+            f"{count} of {count + self.num_users} users have too few choices for a context and a "
+            f"target and are left out: {named}{more}",
+            stacklevel=2,
+        )
 
     def __len__(self) -> int:
         return self.num_tasks

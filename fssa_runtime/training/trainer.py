@@ -65,8 +65,9 @@ class TrainSettings(BaseModel):
     max_grad_norm = 0 does not clip; save_every = 0 keeps no checkpoints. AdamW with weight decay
     on weight matrices only. cpu_threads = 0 leaves torch's number of threads as it is; networks
     of a few hundred units train fastest on one, above all on a busy machine. progress: "bar" (lines
-    instead where standard error is no terminal), "log" lines, "off". TensorBoard logs are written
-    if wanted and installed.
+    instead where standard error is no terminal), "log" lines, "off". mixed_precision: products of
+    what is trained in that format, weights and loss in float32 (accelerate's autocast; a base model
+    has the dtype it was loaded in). tensorboard: logs beside the run; None: if it is installed.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -88,7 +89,8 @@ class TrainSettings(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     cpu_threads: int = Field(default=0, ge=0)
     progress: Progress = "bar"
-    tensorboard: bool = True
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    tensorboard: bool | None = None
     resume: bool = False
     overwrite: bool = False
 
@@ -150,6 +152,7 @@ def fit(
     settings: TrainSettings,
     *,
     collate: Callable[[list[Any]], dict[str, Tensor]],
+    recipe: Mapping[str, Any] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> FitResult:
     """Train `module` in place.
@@ -158,6 +161,7 @@ def fit(
         optionally other scalars, whose means are logged. The caller seeds its initialisation.
     dataset: map-style with a length of at least settings.num_tasks; read in order, once.
     collate: list of items → dict of tensors.
+    recipe: what else decides the result, as JSON has it; a run is resumed by the same one only.
 
     Sets torch's, numpy's and Python's global seeds. On the CPU with a fixed number of threads
     the result is reproducible bit for bit, resumed or not. The module ends on the device used.
@@ -170,8 +174,8 @@ def fit(
     end with the same weights; logs and checkpoints are the main one's.
 
     Raises ValueError: data set too short, tasks_per_batch that the processes cannot share evenly,
-    checkpoints present with neither `resume` nor `overwrite`, a checkpoint from other settings or
-    of another module, CUDA wanted but absent;
+    checkpoints present with neither `resume` nor `overwrite`, a checkpoint from other settings,
+    another recipe or of another module, CUDA, its fp16 or TensorBoard wanted but absent;
     FloatingPointError: the loss or a gradient is NaN or infinite. The weights are not touched by
     that step; the error names the step, its items of the data set, their users where items have
     one, and which of them give such a loss on their own.
@@ -184,6 +188,10 @@ def fit(
         )
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: expected a CUDA device for 'cuda', got none")
+    if settings.mixed_precision == "fp16" and training_device(settings).type == "cpu":
+        raise ValueError("mixed_precision: expected 'bf16' or 'no' on a CPU, got 'fp16'")
+    if settings.tensorboard and not _has_tensorboard():
+        raise ValueError("tensorboard: expected it to be installed: pip install 'fssa[train]'")
     num_processes = process().world_size
     if settings.tasks_per_batch % num_processes:
         raise ValueError(
@@ -192,7 +200,7 @@ def fit(
         )
     arguments = _training_arguments(settings)
     with arguments.main_process_first(local=False, desc="making the folder ready"):
-        checkpoint = _prepare_output_dir(module, settings)
+        checkpoint = _prepare_output_dir(module, settings, recipe or {})
     trainer = _TaskTrainer(
         model=module,
         args=arguments,
@@ -312,9 +320,13 @@ def _name(index: int, item: Any) -> str:
     return f"item {index}" if user is None else f"item {index} (user {user!r})"
 
 
+def _has_tensorboard() -> bool:
+    return importlib.util.find_spec("tensorboard") is not None
+
+
 def _training_arguments(settings: TrainSettings) -> TrainingArguments:
     use_cpu = settings.device == "cpu" or not torch.cuda.is_available()
-    has_tensorboard = importlib.util.find_spec("tensorboard") is not None
+    tensorboard = _has_tensorboard() if settings.tensorboard is None else settings.tensorboard
     arguments = TrainingArguments(
         output_dir=str(settings.output_dir),
         max_steps=settings.steps,
@@ -337,7 +349,9 @@ def _training_arguments(settings: TrainSettings) -> TrainingArguments:
         dataloader_num_workers=settings.num_workers,
         dataloader_pin_memory=not use_cpu,
         disable_tqdm=True,  # the bar, where there is one, is `progress.StepBar`
-        report_to=["tensorboard"] if settings.tensorboard and has_tensorboard else [],
+        report_to=["tensorboard"] if tensorboard else [],
+        bf16=settings.mixed_precision == "bf16",
+        fp16=settings.mixed_precision == "fp16",
         use_cpu=use_cpu,
     )
     if arguments.n_gpu > 1:
@@ -347,11 +361,13 @@ def _training_arguments(settings: TrainSettings) -> TrainingArguments:
     return arguments
 
 
-def _prepare_output_dir(module: nn.Module, settings: TrainSettings) -> Path | None:
+def _prepare_output_dir(
+    module: nn.Module, settings: TrainSettings, recipe: Mapping[str, Any]
+) -> Path | None:
     """Make the folder ready and return the checkpoint to resume from, if any."""
     folder = settings.output_dir
     existing = _checkpoints(folder)
-    decisive = settings.model_dump(mode="json", exclude=NOT_DECISIVE)
+    decisive = settings.model_dump(mode="json", exclude=NOT_DECISIVE) | _flat(recipe)
     record = folder / _SETTINGS_FILE
     checkpoint = None
     if settings.resume:
@@ -374,11 +390,23 @@ def _prepare_output_dir(module: nn.Module, settings: TrainSettings) -> Path | No
     return checkpoint
 
 
+def _flat(recipe: Mapping[str, Any], within: str = "") -> dict[str, Any]:
+    """{"data": {"kind": "x"}} → {"data.kind": "x"}"""
+    flat: dict[str, Any] = {}
+    for name, value in recipe.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{within}{name}.")
+        else:
+            flat[within + name] = value
+    return flat
+
+
 def _check_same_settings(now: dict[str, Any], before: dict[str, Any], record: Path) -> None:
+    # What the record does not know yet is from a version that had no such setting.
     changed = [
-        f"{name} (expected {before.get(name)}, got {now[name]})"
-        for name in now
-        if now[name] != before.get(name)
+        f"{name} (expected {before[name]}, got {now.get(name)})"
+        for name in before
+        if now.get(name) != before[name]
     ]
     if changed:
         raise ValueError(

@@ -221,6 +221,9 @@ def _choice(number: int, choice: Choice | tuple[str, str, str]) -> Choice:
         raise InputError(
             f"choice {number}: expected (prompt, chosen, rejected), got {choice!r}"
         ) from error
+    for name, text in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
+        if isinstance(text, str) and not text.strip():
+            raise InputError(f"choice {number}: expected words as {name}, got {text!r}")
     if chosen == rejected:
         raise InputError(f"choice {number}: chosen and rejected are the same")
     return Choice(prompt, chosen, rejected)

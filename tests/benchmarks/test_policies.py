@@ -16,6 +16,7 @@ from benchmarks.policies import (
     RECIPES,
     closed,
     planned,
+    summary,
     variants,
 )
 from fssa_runtime.conditioning.layout import RowLayout
@@ -39,6 +40,26 @@ def test_the_gap_that_is_closed() -> None:
     found = closed(runs, "ours", "10")
     assert found["share"] == pytest.approx((0.3 + 0.15 + 0.2 + 0.0) / (4 * 0.3))
     assert found["kinds"]["lists+"] == {"accuracy": 0.7, "everybody": 0.5, "dedicated": 0.8}
+
+
+def test_three_seeds_have_a_mean_and_an_error() -> None:
+    """Floor 0.5, ceiling 0.9: of the gap 0.25, 0.5 and 0.75, and 0.5 with an error in all."""
+    by_seed = []
+    for accuracy in (0.6, 0.7, 0.8):
+        runs = {
+            "NP-DPO, gated": measured(dict.fromkeys(KINDS, accuracy)),
+            EVERYBODY: measured(dict.fromkeys(KINDS, 0.5)),
+            **{f"DPO, {kind}": measured({kind: 0.9}) for kind in KINDS},
+        }
+        by_seed.append(runs)
+    found = summary(by_seed)
+    assert set(found) == set(by_seed[0])
+    error = 0.1 / 3**0.5
+    ours = found["NP-DPO, gated"]
+    assert ours["mean"]["0"]["accuracy"] == pytest.approx({"mean": 0.7, "standard_error": error})
+    assert ours["gap_closed"]["0"] == pytest.approx({"mean": 0.5, "standard_error": error / 0.4})
+    assert "gap_closed" not in found[EVERYBODY]
+    assert summary(by_seed[:1])["NP-DPO, gated"]["gap_closed"]["0"]["standard_error"] is None
 
 
 def test_families_are_compared_at_about_equal_numbers_a_user() -> None:

@@ -33,6 +33,7 @@ def test_the_chosen_option_comes_first_and_padding_is_masked(tmp_path):
     assert data.mode_of_user == {"u": "", "7": "m"}
     assert data.rows_by_user["u"].tolist() == [0, 2]
     assert data.prompt_ids.tolist() == [0, 1, 2]
+    assert data.question_ids.tolist() == [0, 1, 0]
 
 
 BAD = [

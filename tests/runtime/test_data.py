@@ -97,6 +97,12 @@ BAD_LINES = [
         {**CHAT, "prompt": [*CHAT["prompt"], {"role": "user"}]},
         "field 'prompt': message 2: field 'content': expected text, got null",
     ),
+    ({**TEXT, "prompt": ""}, "field 'prompt': expected words, got empty text"),
+    ({**TEXT, "rejected": ["No.", " \n"]}, "'rejected': answer 1: expected words, got white space"),
+    (
+        {**CHAT, "chosen": [{"role": "assistant", "content": "\t"}]},
+        "field 'chosen': message 0: field 'content': expected words, got white space",
+    ),
     ({**TEXT, "rejected": "Hi."}, "expected two different answers"),
     ({**TEXT, "rejected": []}, "field 'rejected': expected at least one answer, got none"),
     ({**TEXT, "rejected": ["No.", "Hi."]}, "expected two different answers"),

@@ -145,6 +145,8 @@ def test_what_cannot_be_served_is_said_before_anything_runs(
         ("eve", [("Why?", "Because.", "Because.")], "choice 0: chosen and rejected are the same"),
         ("eve", [CHOICES[0], ("Why?", "Because.")], "choice 1: expected .prompt, chosen, rejected"),
         ("eve", [7], "choice 0: expected"),
+        ("eve", [("Why?", "Because.", " ")], "choice 0: expected words as rejected, got ' '"),
+        ("eve", [("Why?", "Because.", "why " * 20000)], "an option has .* tokens, the model holds"),
     ],
 )
 def test_bad_choices_store_nothing(llm: LLM, name: str, choices: list, message: str) -> None:

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from fssa_runtime.conditioning.checkpoint import Choice, load_conditioning
-from fssa_runtime.conditioning.encoder import EncoderConfig, PreferenceEncoder
+from fssa_runtime.conditioning.embedding import EmbeddingConfig
+from fssa_runtime.conditioning.encoder import EncoderConfig, EncoderSettings, PreferenceEncoder
 from fssa_runtime.conditioning.modulator import Modulator
 from fssa_runtime.errors import InputError
 from fssa_runtime.models.language_model import LanguageModel
@@ -30,6 +32,7 @@ from fssa_runtime.training.policy_options import (
     prepare_options,
 )
 from fssa_runtime.training.policy_recipe import PolicyConfig
+from fssa_runtime.training.reward_model import RewardModel, RewardModelConfig, save_reward
 from fssa_runtime.training.trainer import METRICS_FILE
 
 from .conditioned import small_model
@@ -237,3 +240,29 @@ def test_an_encoder_of_another_size_is_refused(model: LanguageModel, tmp_path: P
     wrong = config.encoder.model_copy(update={"latent_dim": 3})
     with pytest.raises(InputError, match="latent_dim"):
         train_policy(config.model_copy(update={"encoder": wrong}), model)
+
+
+def test_a_stochastic_encoder_is_refused(model: LanguageModel, tmp_path: Path) -> None:
+    """Whether it is to be trained here or comes with a reward."""
+    write_choices(tmp_path / "choices.jsonl")
+    config = recipe(model, tmp_path).model_dump()
+    with pytest.raises(ValidationError, match=r"encoder.stochastic: expected false"):
+        PolicyConfig.model_validate(config | {"encoder": config["encoder"] | {"stochastic": True}})
+    options = EmbeddingConfig().width(model.decoder.config.hidden_size)
+    encoder = {"latent_dim": 4, "hidden_dim": 16, "stochastic": True}
+    reward = RewardModel(RewardModelConfig(option_dim=options, encoder=EncoderSettings(**encoder)))
+    save_reward(reward, tmp_path / "reward")
+    changes = {"encoder": None, "init_encoder": tmp_path / "reward"}
+    with pytest.raises(InputError, match=r"init_encoder .*: expected a deterministic encoder"):
+        train_policy(PolicyConfig.model_validate(config | changes), model)
+
+
+def test_an_option_too_long_is_named_before_anything_is_read(
+    model: LanguageModel, tmp_path: Path
+) -> None:
+    write_choices(tmp_path / "choices.jsonl")
+    long = {"user": "ann", "prompt": "Why?", "chosen": "a " * 5000, "rejected": "b"}
+    with (tmp_path / "choices.jsonl").open("a") as file:
+        file.write(json.dumps(long) + "\n")
+    with pytest.raises(InputError, match=r"an answer to 'Why\?', seen by user 'ann': an opt"):
+        train_policy(recipe(model, tmp_path), model)

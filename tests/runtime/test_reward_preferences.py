@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from fssa_runtime.errors import InputError
 from fssa_runtime.training.data import Preference, PreferenceData
 from fssa_runtime.training.reward import (
     RewardConfig,
@@ -101,6 +102,15 @@ def test_bad_embeddings_are_refused(tmp_path):
         )
     with pytest.raises(ValueError, match="embed: expected finite"):
         embed_preferences(data, lambda options: torch.full((len(options), 3), float("nan")))
+
+    def up_to_ten_letters(options):
+        if any(len(completion) > 10 for _, completion in options):
+            raise InputError("an option is too long")
+        return torch.zeros(len(options), 3)
+
+    long = PreferenceData((*data.preferences, Preference("v", "q", "a", "b" * 11)))
+    with pytest.raises(InputError, match="an answer to 'q', seen by user 'v': an option is too"):
+        embed_preferences(long, up_to_ten_letters)
     with pytest.raises(ValueError, match="embed: expected a function"):
         train_reward(preference_recipe(tmp_path, write_preferences(tmp_path / "p.jsonl")))
 

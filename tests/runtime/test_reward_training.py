@@ -158,6 +158,37 @@ def test_a_resumed_run_is_the_same_run(tmp_path, gradient_accumulation):
     assert all(torch.equal(expected[k], v) for k, v in again.model.state_dict().items())
 
 
+def test_a_run_is_resumed_by_its_own_recipe_only(tmp_path):
+    """The tensors fit whatever the objective was, or what they were trained on."""
+    train_reward(tiny_recipe(tmp_path))
+    resuming = tiny_recipe(tmp_path, resume=True)
+    for change, message in (
+        ({"kl_weight": 0.5}, r"kl_weight \(expected None, got 0.5\)"),
+        ({"tasks": resuming.tasks.with_context(2)}, r"tasks.context_min \(expected 0, got 2\)"),
+        (
+            {"data": resuming.data.model_copy(update={"mode": 0})},
+            r"data.mode \(expected None, got 0\)",
+        ),
+    ):
+        with pytest.raises(ValueError, match=f"resume: .*{message}"):
+            train_reward(resuming.model_copy(update=change))
+    # How it is measured does not decide what was learnt.
+    measured = resuming.evaluation.model_copy(update={"num_tasks": 12})
+    assert train_reward(resuming.model_copy(update={"evaluation": measured})).fit.resumed_at == 20
+
+
+def test_mixed_precision_learns_the_same(tmp_path):
+    """To bf16's rounding, and not by chance to the bit."""
+    losses = {}
+    for precision in ("no", "bf16"):
+        recipe = tiny_recipe(tmp_path / precision, mixed_precision=precision)
+        losses[precision] = [entry["loss"] for entry in train_reward(recipe).fit.history]
+    assert losses["no"] != losses["bf16"]
+    assert losses["bf16"] == pytest.approx(losses["no"], abs=0.02)
+    with pytest.raises(ValueError, match="expected 'bf16' or 'no' on a CPU, got 'fp16'"):
+        train_reward(tiny_recipe(tmp_path / "fp16", mixed_precision="fp16", device="cpu"))
+
+
 def test_an_incomplete_checkpoint_is_passed_over(tmp_path):
     train_reward(tiny_recipe(tmp_path))
     (tmp_path / "checkpoint-20" / "trainer_state.json").unlink()
@@ -171,7 +202,11 @@ def test_earlier_runs_are_not_overwritten_by_accident(tmp_path):
         train_reward(tiny_recipe(tmp_path))
     with pytest.raises(ValueError, match=r"resume: .* learning_rate \(expected 0.002, got 0.1\)"):
         train_reward(tiny_recipe(tmp_path, resume=True, learning_rate=0.1))
-    wider = tiny_recipe(tmp_path, resume=True).model_copy(update={"hidden_dim": 64})
+    resuming = tiny_recipe(tmp_path, resume=True)
+    wider = resuming.model_copy(update={"hidden_dim": 64})
+    with pytest.raises(ValueError, match=r"resume: .* hidden_dim \(expected 128, got 64\)"):
+        train_reward(wider)
+    (tmp_path / "train_settings.json").unlink()
     with pytest.raises(ValueError, match=r"is of another module: .* expected shape \(64"):
         train_reward(wider)
     train_reward(tiny_recipe(tmp_path, overwrite=True, steps=5))

@@ -12,7 +12,7 @@ def test_rank_correlation_with_the_order() -> None:
     assert spearman([0.0, 0.5, 0.6, 3.0, 9.0]) == pytest.approx(1.0)
     assert spearman([4.0, 3.0, 2.0]) == pytest.approx(-1.0)
     # 1 − 6 Σ d² / (n (n² − 1)), with two neighbours swapped.
-    assert spearman([1.0, 3.0, 2.0, 4.0, 5.0]) == pytest.approx(1 - 6 * 2 / (5 * 24))
+    assert spearman([1.0, 3.0, 2.0, 4.0, 5.0]) == 0.9  # 1 - 6 * 2 / (5 * 24), exactly: a threshold
     assert spearman([2.0, 2.0, 2.0]) == 0.0
     assert spearman([1.0, 2.0, 2.0, 3.0]) == pytest.approx(np.sqrt(0.9))
 

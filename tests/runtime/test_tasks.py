@@ -104,6 +104,8 @@ def test_small_users_are_left_out_by_name():
     rows = np.arange(len(data))
     by_pair = make_tasks(data, rows, context_min=3)
     assert by_pair.left_out_users == ("small",)
+    with pytest.warns(UserWarning, match="1 of 3 users have too few choices .* left out: 'small'$"):
+        by_pair.say_who_is_left_out()
     by_prompt = make_tasks(data, rows, context_min=3, disjoint_by="prompt")
     assert by_prompt.left_out_users == ("small", "one")
     assert {task.user for task in by_prompt} == {"big"}
@@ -117,6 +119,20 @@ def test_context_leaves_a_target():
         for task in make_tasks(data, np.arange(3), disjoint_by=disjoint_by):
             assert len(task.target) >= 1
             assert len(task.context) <= 2
+
+
+def test_a_question_asked_twice_is_in_context_or_targets():
+    """The same two answers, chosen the other way round and in another line, give a choice away."""
+    twice = [
+        Preference("u", "p", chosen, rejected)
+        for a, b in (("a", "b"), ("c", "d"), ("e", "f"))
+        for chosen, rejected in ((a, b), (b, a))
+    ]
+    data = PreferenceData((*twice, Preference("u", "other", "a", "b")))
+    assert data.question_ids.tolist() == [0, 0, 1, 1, 2, 2, 3]
+    for task in make_tasks(data, np.arange(len(data))):
+        shared = set(data.question_ids[task.context]) & set(data.question_ids[task.target])
+        assert not shared
 
 
 def test_index_out_of_range_stops():

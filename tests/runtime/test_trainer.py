@@ -143,3 +143,23 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(tmp_path)
 def test_too_few_tasks_are_refused(tmp_path):
     with pytest.raises(ValueError, match="dataset: expected at least 6 tasks for 3 steps, got 5"):
         fit(Recorder(), Numbers(5), settings(tmp_path), collate=collate_numbers)
+
+
+def test_tensorboard_has_every_logged_scalar(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    wanted = settings(tmp_path, tensorboard=True, log_every=1)
+    result = fit(Recorder(), Numbers(6), wanted, collate=collate_numbers)
+    (events,) = tmp_path.glob("runs/*/events.out.tfevents.*")
+    logged = accumulator.EventAccumulator(str(events))
+    logged.Reload()
+    for name in ("loss", "largest"):
+        values = [event.value for event in logged.Scalars(f"train/{name}")]
+        assert values == pytest.approx([entry[name] for entry in result.history])
+
+
+def test_tensorboard_that_is_wanted_and_absent_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr("fssa_runtime.training.trainer._has_tensorboard", lambda: False)
+    with pytest.raises(ValueError, match="tensorboard: expected it to be installed"):
+        fit(Recorder(), Numbers(6), settings(tmp_path, tensorboard=True), collate=collate_numbers)
+    fit(Recorder(), Numbers(6), settings(tmp_path, tensorboard=None), collate=collate_numbers)
+    assert not (tmp_path / "runs").exists()
