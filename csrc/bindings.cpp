@@ -206,7 +206,7 @@ std::shared_ptr<Call> paged_attention(const Rows& tokens, const Rows& sequences,
 std::shared_ptr<Call> sample(const Rows& rows, Address tokens, Address logprobs, Address logits,
                              int64_t stride, int code, int64_t vocab_size, Address temperature,
                              Address top_k, Address top_p, Address min_p, Address uniform,
-                             Address forced, Address stats) {
+                             Address forced, Address stats, Address weights, Address kept) {
   auto call = std::make_shared<SampleCall>();
   call->count = rows.count;
   call->tokens = out<int32_t>(tokens);
@@ -222,6 +222,8 @@ std::shared_ptr<Call> sample(const Rows& rows, Address tokens, Address logprobs,
   call->uniform = in<float>(uniform);
   call->forced = in<int32_t>(forced);
   call->stats = out<ChunkStats>(stats);
+  call->weights = out<float>(weights);
+  call->kept = out<int32_t>(kept);
   return call;
 }
 
