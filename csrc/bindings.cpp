@@ -206,7 +206,7 @@ std::shared_ptr<Call> paged_attention(const Rows& tokens, const Rows& sequences,
 std::shared_ptr<Call> sample(const Rows& rows, Address tokens, Address logprobs, Address logits,
                              int64_t stride, int code, int64_t vocab_size, Address temperature,
                              Address top_k, Address top_p, Address min_p, Address uniform,
-                             Address forced, Address stats) {
+                             Address forced, Address stats, Address weights, Address kept) {
   auto call = std::make_shared<SampleCall>();
   call->count = rows.count;
   call->tokens = out<int32_t>(tokens);
@@ -222,7 +222,25 @@ std::shared_ptr<Call> sample(const Rows& rows, Address tokens, Address logprobs,
   call->uniform = in<float>(uniform);
   call->forced = in<int32_t>(forced);
   call->stats = out<ChunkStats>(stats);
+  call->weights = out<float>(weights);
+  call->kept = out<int32_t>(kept);
   return call;
+}
+
+// Whether a signal has come whose handler raised; the exception is set then.
+bool signal_raised() {
+  py::gil_scoped_acquire held;
+  return PyErr_CheckSignals() != 0;
+}
+
+// run(poll) without the GIL. Python's main thread is the only one that handles signals: `is_main`.
+template <typename Run>
+void run_until_signal(bool is_main, const Run& run) {
+  {
+    py::gil_scoped_release released;
+    run(is_main ? Graph::Poll(&signal_raised) : Graph::Poll());
+  }
+  if (PyErr_Occurred() != nullptr) throw py::error_already_set();
 }
 
 double stream_seconds(Address data, int64_t bytes, int num_threads) {
@@ -283,9 +301,25 @@ PYBIND11_MODULE(_native, m) {
   py::class_<Graph>(m, "Graph")
       .def(py::init<int64_t>(), py::arg("num_dims"))
       .def("add", [](Graph& graph, std::shared_ptr<Call> call) { graph.add(call); })
-      .def("replay", &Graph::replay, NoGil(), py::arg("dims"), py::arg("num_threads"))
-      .def("profile", &Graph::profile, NoGil(), py::arg("dims"), py::arg("num_threads"),
-           py::arg("repeats"))
+      .def(
+          "replay",
+          [](Graph& graph, const std::vector<int64_t>& dims, int num_threads, bool is_main) {
+            run_until_signal(is_main, [&](const Graph::Poll& poll) {
+              graph.replay(dims, num_threads, poll);
+            });
+          },
+          py::arg("dims"), py::arg("num_threads"), py::arg("is_main"))
+      .def(
+          "profile",
+          [](Graph& graph, const std::vector<int64_t>& dims, int num_threads, int repeats,
+             bool is_main) {
+            std::vector<double> seconds;
+            run_until_signal(is_main, [&](const Graph::Poll& poll) {
+              seconds = graph.profile(dims, num_threads, repeats, poll);
+            });
+            return seconds;
+          },
+          py::arg("dims"), py::arg("num_threads"), py::arg("repeats"), py::arg("is_main"))
       .def("__len__", &Graph::size);
 
   m.def("modulated_linear", &modulated_linear);

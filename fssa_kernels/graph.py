@@ -69,10 +69,13 @@ class StepGraph:
     def replay(self, **rows: int) -> None:
         """Run the step on the first ``rows`` of each dimension: ``replay(tokens=5, sequences=5)``.
 
-        On a GPU the work is queued on the current stream.
+        On a GPU the work is queued on the current stream. One thread at a time may replay a graph,
+        and it has to itself what the graph reads and writes.
 
         Raises ValueError for a missing or unknown dimension, more rows than the capacity, and on a
-        CPU for indices out of range, before anything is written.
+        CPU for indices out of range, RuntimeError on a CPU while another thread replays the graph;
+        all before anything is written. On a CPU the main thread looks for signals between ops, and
+        what a handler raises (KeyboardInterrupt) ends the replay with part of it written.
         """
         self._check(rows)
         self._replay(rows)

@@ -9,6 +9,7 @@ threads, a barrier between two ops. How many rows it has is read at replay as we
 from __future__ import annotations
 
 import ctypes
+import threading
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -56,14 +57,18 @@ class NativeStepGraph(StepGraph):
     def profile(self, repeats: int, **rows: int) -> list[float]:
         """Mean seconds of every op, in order, over some replays."""
         self._check(rows)
-        times = self._native.profile(self._dims(rows), self._num_threads, repeats)
+        times = self._native.profile(self._dims(rows), self._num_threads, repeats, _is_main())
         return [seconds / repeats for seconds in times]
 
     def _replay(self, rows: Mapping[str, int]) -> None:
-        self._native.replay(self._dims(rows), self._num_threads)
+        self._native.replay(self._dims(rows), self._num_threads, _is_main())
 
     def _dims(self, rows: Mapping[str, int]) -> list[int]:
         return [rows[name] for name in self.capacity]
+
+
+def _is_main() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 class _NativeRecorder:

@@ -13,6 +13,7 @@ halves are the same 16 columns of both, so that the product never leaves the reg
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -102,7 +103,8 @@ def _map(num_bytes: int) -> Tensor:
     # Private, since shared memory gets no huge pages, and one of them more than is asked for, since
     # they lie at multiples of their size.
     memory = mmap.mmap(-1, num_bytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
+    with contextlib.suppress(OSError):  # a kernel that was built without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
     mapped = torch.frombuffer(memory, dtype=torch.uint8)
     start = -mapped.data_ptr() % _HUGE_PAGE
     return mapped[start : start + num_bytes]
@@ -170,8 +172,11 @@ def _check(num_rows: int, dtype: torch.dtype, splits: Sequence[int] | None, pair
     if dtype not in DTYPE_CODES:
         raise TypeError(f"pack_matrix: expected dtype float32 or bfloat16, got {dtype}")
     sizes = _sizes(num_rows, splits)
-    if sum(sizes) != num_rows or min(sizes) < 0:
-        raise ValueError(f"pack_matrix: splits: expected a sum of N = {num_rows}, got {sizes}")
+    if not sizes or sum(sizes) != num_rows or min(sizes) < 0:
+        raise ValueError(
+            f"pack_matrix: splits: expected at least one size and a sum of N = {num_rows}, "
+            f"got {sizes}"
+        )
     if paired and (len(sizes) != 2 or sizes[0] != sizes[1]):
         raise ValueError(f"pack_matrix: splits: expected two equal sizes to pair, got {sizes}")
 

@@ -78,6 +78,8 @@ class AsyncEngine:
             raise ValueError(f"max_requests: expected at least 1, got {max_requests}")
         if llm.served_by is not None:
             raise InputError("an AsyncEngine runs this model's engine already")
+        if not llm.engine.in_use.acquire(blocking=False):
+            raise InputError("a call of generate runs this model's engine: wait for it first")
         llm.served_by = self
         self.llm = llm
         self.max_requests = max_requests
@@ -374,5 +376,7 @@ class AsyncEngine:
                 self._closing = True
                 self._wake.notify()
         self._thread.join()
-        if self.llm.served_by is self:
-            self.llm.served_by = None
+        with self._wake:
+            if self.llm.served_by is self:
+                self.llm.engine.in_use.release()
+                self.llm.served_by = None

@@ -135,7 +135,8 @@ class LLM:
 
         Raises:
             InputError: an unknown user, lists of another length than the prompts, or a prompt that
-                can never be answered; nothing has been written then.
+                can never be answered; nothing has been written then. Or another thread is inside
+                `generate` or `run`: an `AsyncEngine` serves many.
         """
         whose = _for_each("users", users, len(prompts), str | Mapping | UserWeights)
         how = _for_each("sampling", sampling, len(prompts), SamplingParams)

@@ -56,8 +56,9 @@ class Call {
   // call, or nothing: the calls before bring it.
   virtual Span first_read(const Team&) const { return {}; }
 
-  // Appends what the thread reads in many places of a memory no cache holds. A call before it,
-  // which has first_read and computes longer than it reads, brings that meanwhile.
+  // Appends what the thread reads in many places of a memory no cache holds, as far as `reads` has
+  // room without growing. A call before it, which has first_read and computes longer than it
+  // reads, brings that meanwhile.
   virtual void scattered_reads(const Team&, std::vector<Span>&) const {}
   virtual bool reads_scattered() const { return false; }
 

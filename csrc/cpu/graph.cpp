@@ -1,9 +1,34 @@
 #include "graph.h"
 
+#include <algorithm>
 #include <chrono>
 #include <typeinfo>
 
 namespace fssa::cpu {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+constexpr auto kPollInterval = std::chrono::milliseconds(50);
+constexpr size_t kMaxScattered = 1024;
+
+// Has the graph for one replay.
+class Hold {
+ public:
+  explicit Hold(std::atomic<bool>& busy) : busy_(busy) {
+    if (busy_.exchange(true)) {
+      throw std::runtime_error("replay: expected one thread at a time, got a graph that runs");
+    }
+  }
+  ~Hold() { busy_.store(false); }
+  Hold(const Hold&) = delete;
+  Hold& operator=(const Hold&) = delete;
+
+ private:
+  std::atomic<bool>& busy_;
+};
+
+}  // namespace
 
 void Graph::add(std::shared_ptr<const Call> call) {
   const Call& added = *call;
@@ -21,17 +46,15 @@ void Graph::add(std::shared_ptr<const Call> call) {
   scattered_after_.push_back(nullptr);
 }
 
-void Graph::run(size_t index, Team& team, std::vector<Span>& scattered) const {
+void Graph::bring_ahead(size_t index, Team& team, std::vector<Span>& scattered) const {
   const Call* reader = reader_after_[index];
   team.set_upcoming(reader != nullptr ? reader->first_read(team) : Span{});
   scattered.clear();
   if (scattered_after_[index] != nullptr) scattered_after_[index]->scattered_reads(team, scattered);
   team.set_meanwhile(scattered.data(), scattered.data() + scattered.size());
-  calls_[index]->run(team);
-  team.barrier();
 }
 
-void Graph::prepare(const std::vector<int64_t>& dims) {
+void Graph::prepare(const std::vector<int64_t>& dims, int num_threads) {
   if (dims.size() != dims_.size()) {
     throw std::invalid_argument("replay: expected " + std::to_string(dims_.size()) +
                                 " dimensions, got " + std::to_string(dims.size()));
@@ -39,33 +62,51 @@ void Graph::prepare(const std::vector<int64_t>& dims) {
   // In place: the calls hold the addresses.
   for (size_t i = 0; i < dims.size(); ++i) dims_[i] = dims[i];
   for (const Call* call : checked_) call->check();
+  scattered_.resize(std::max(num_threads, 1));
+  for (std::vector<Span>& spans : scattered_) spans.reserve(kMaxScattered);
 }
 
-void Graph::replay(const std::vector<int64_t>& dims, int num_threads) {
-  prepare(dims);
+void Graph::run(const std::vector<int64_t>& dims, int num_threads, int repeats, const Poll& poll,
+                double* seconds) {
+  const Hold hold(busy_);
+  prepare(dims, num_threads);
+  const int64_t num_calls = size();
+  // Brought forward to the step at hand before the barrier that ends it, so that every thread
+  // leaves there: whoever has passed that barrier sees it, and whoever has not is no further.
+  std::atomic<int64_t> last_step{num_calls * repeats - 1};
   run_team(num_threads, [&](Team& team) {
+    const bool first = team.index() == 0;
+    auto start = Clock::now(), polled = start;
+    // On the thread's own stack: it would share a cache line with those of the others.
     std::vector<Span> scattered;
-    for (size_t i = 0; i < calls_.size(); ++i) run(i, team, scattered);
-  });
-}
-
-std::vector<double> Graph::profile(const std::vector<int64_t>& dims, int num_threads,
-                                   int repeats) {
-  using Clock = std::chrono::steady_clock;
-  prepare(dims);
-  std::vector<double> seconds(calls_.size(), 0.0);
-  run_team(num_threads, [&](Team& team) {
-    std::vector<Span> scattered;
-    for (int repeat = 0; repeat < repeats; ++repeat) {
-      for (size_t i = 0; i < calls_.size(); ++i) {
-        const auto start = Clock::now();
-        run(i, team, scattered);
-        if (team.index() == 0) {
-          seconds[i] += std::chrono::duration<double>(Clock::now() - start).count();
-        }
+    scattered.swap(scattered_[team.index()]);
+    for (int64_t step = 0; step <= last_step.load(std::memory_order_relaxed); ++step) {
+      const size_t index = step % num_calls;
+      bring_ahead(index, team, scattered);
+      calls_[index]->run(team);
+      if (first && poll && Clock::now() - polled >= kPollInterval) {
+        if (poll()) last_step.store(step, std::memory_order_relaxed);
+        polled = Clock::now();
+      }
+      team.barrier();
+      if (first && seconds != nullptr) {
+        const auto stop = Clock::now();
+        seconds[index] += std::chrono::duration<double>(stop - start).count();
+        start = stop;
       }
     }
+    scattered.swap(scattered_[team.index()]);
   });
+}
+
+void Graph::replay(const std::vector<int64_t>& dims, int num_threads, const Poll& poll) {
+  run(dims, num_threads, 1, poll, nullptr);
+}
+
+std::vector<double> Graph::profile(const std::vector<int64_t>& dims, int num_threads, int repeats,
+                                   const Poll& poll) {
+  std::vector<double> seconds(calls_.size(), 0.0);
+  run(dims, num_threads, repeats, poll, seconds.data());
   return seconds;
 }
 

@@ -1,7 +1,9 @@
 // Calls recorded once and replayed many times, by one team, with a barrier between two of them.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <set>
 #include <typeindex>
@@ -22,17 +24,25 @@ class Graph {
   void add(std::shared_ptr<const Call> call);
   int64_t size() const { return static_cast<int64_t>(calls_.size()); }
 
-  // Runs every call in order, on these dimensions. Throws std::invalid_argument, before anything
-  // is written, for indices out of range.
-  void replay(const std::vector<int64_t>& dims, int num_threads);
+  // Asked now and then, on the thread that replays, whether to leave the rest undone; must not
+  // throw.
+  using Poll = std::function<bool()>;
+
+  // Runs every call in order, on these dimensions. Throws before anything is written:
+  // std::invalid_argument for indices out of range, std::runtime_error if the graph runs already.
+  void replay(const std::vector<int64_t>& dims, int num_threads, const Poll& poll);
 
   // The same, `repeats` times; seconds spent in each call.
-  std::vector<double> profile(const std::vector<int64_t>& dims, int num_threads, int repeats);
+  std::vector<double> profile(const std::vector<int64_t>& dims, int num_threads, int repeats,
+                              const Poll& poll);
 
  private:
-  void prepare(const std::vector<int64_t>& dims);
-  void run(size_t index, Team& team, std::vector<Span>& scattered) const;
+  void prepare(const std::vector<int64_t>& dims, int num_threads);
+  void run(const std::vector<int64_t>& dims, int num_threads, int repeats, const Poll& poll,
+           double* seconds);
+  void bring_ahead(size_t index, Team& team, std::vector<Span>& scattered) const;
 
+  std::atomic<bool> busy_{false};
   std::vector<int64_t> dims_;
   std::vector<std::shared_ptr<const Call>> calls_;
   std::vector<const Call*> reader_after_;  // by call, the next that reads memory; or null
@@ -41,6 +51,7 @@ class Graph {
   size_t last_reader_ = SIZE_MAX;
   std::vector<const Call*> checked_;  // one of all that check the same
   std::set<std::pair<std::type_index, std::vector<int64_t>>> keys_;
+  std::vector<std::vector<Span>> scattered_;  // by thread, what it reads in many places
 };
 
 }  // namespace fssa::cpu

@@ -71,6 +71,7 @@ void AttentionCall::scattered_reads(const Team& team, std::vector<Span>& reads) 
     const int32_t* pages = block_tables + sequence * block_stride;
     const int64_t stop = num_keys(piece);
     for (int64_t key = oldest_key(piece); key < stop && bytes < kBytesAhead;) {
+      if (reads.size() + 2 > reads.capacity()) return;
       const int64_t in_page = key % page_size;
       const int64_t num = std::min(page_size - in_page, stop - key);
       const int64_t at = (pages[key / page_size] * page_size + in_page) * key_bytes;

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <vector>
 
 #include "kernels.h"
 
@@ -30,50 +29,52 @@ RowStats combine(const ChunkStats* stats, int64_t num_chunks) {
           static_cast<float>(std::log(total))};
 }
 
-// The heaviest `top_k` of the indices in `kept` (0: all of them), and of those the heaviest whose
-// predecessors hold less than a share top_p of their mass. Of equal weights the smaller index counts
-// as the heavier.
-void keep_heaviest(const std::vector<float>& w, int32_t top_k, float top_p, double total,
-                   std::vector<int32_t>& kept) {
+// The heaviest `top_k` of the `count` indices in `kept` (0: all of them), and of those the heaviest
+// whose predecessors hold less than a share top_p of their mass; how many are left. Of equal weights
+// the smaller index counts as the heavier.
+int64_t keep_heaviest(const float* w, int32_t top_k, float top_p, double total, int32_t* kept,
+                      int64_t count) {
   const auto heavier = [&](int32_t a, int32_t b) {
     return w[a] > w[b] || (w[a] == w[b] && a < b);
   };
-  if (top_k > 0 && top_k < static_cast<int64_t>(kept.size())) {
-    std::nth_element(kept.begin(), kept.begin() + top_k, kept.end(), heavier);
-    kept.resize(top_k);
+  if (top_k > 0 && top_k < count) {
+    std::nth_element(kept, kept + top_k, kept + count, heavier);
+    count = top_k;
     total = 0.0;
-    for (int32_t i : kept) total += w[i];
+    for (int64_t j = 0; j < count; ++j) total += w[kept[j]];
   }
   if (top_p < 1.0f) {
-    std::sort(kept.begin(), kept.end(), heavier);
+    std::sort(kept, kept + count, heavier);
     double before = 0.0;
-    size_t count = 0;
-    while (count < kept.size() && before < top_p * total) before += w[kept[count++]];
-    kept.resize(std::max<size_t>(count, 1));
+    int64_t num = 0;
+    while (num < count && before < top_p * total) before += w[kept[num++]];
+    count = std::min(count, std::max<int64_t>(num, 1));
   }
-  std::sort(kept.begin(), kept.end());
+  std::sort(kept, kept + count);
+  return count;
 }
 
-// One token from weights w >= 0 whose largest is 1: the kept ones in order of index, until their
-// sum passes a share `uniform` of the kept mass.
-int32_t draw(const std::vector<float>& w, int32_t top_k, float top_p, float min_p, float uniform,
-             int32_t fallback) {
+// One token from `size` weights w >= 0 whose largest is 1: the kept ones in order of index, until
+// their sum passes a share `uniform` of the kept mass. `kept` has room for all of them.
+int32_t draw(const float* w, int64_t size, int32_t top_k, float top_p, float min_p, float uniform,
+             int32_t fallback, int32_t* kept) {
   double total = 0.0;
-  for (float weight : w) total += weight;
+  for (int64_t i = 0; i < size; ++i) total += w[i];
   if (!(total < INFINITY)) return fallback;  // NaN or infinity among the logits
   // Below this weight the tail as a whole is lighter than what top_p leaves out.
   double bound = 0.0;
-  if (top_p < 1.0f && top_k <= 0) bound = (1.0 - top_p) * total / static_cast<double>(w.size());
-  std::vector<int32_t> kept;
-  for (size_t i = 0; i < w.size(); ++i) {
-    if (w[i] > 0.0f && w[i] >= bound) kept.push_back(static_cast<int32_t>(i));
+  if (top_p < 1.0f && top_k <= 0) bound = (1.0 - top_p) * total / static_cast<double>(size);
+  int64_t count = 0;
+  for (int64_t i = 0; i < size; ++i) {
+    if (w[i] > 0.0f && w[i] >= bound) kept[count++] = static_cast<int32_t>(i);
   }
-  if (top_k > 0 || top_p < 1.0f) keep_heaviest(w, top_k, top_p, total, kept);
+  if (top_k > 0 || top_p < 1.0f) count = keep_heaviest(w, top_k, top_p, total, kept, count);
   total = 0.0;
-  for (int32_t i : kept) total += w[i] >= min_p ? w[i] : 0.0f;
+  for (int64_t j = 0; j < count; ++j) total += w[kept[j]] >= min_p ? w[kept[j]] : 0.0f;
   double left = uniform * total;
   int32_t last = fallback;
-  for (int32_t i : kept) {
+  for (int64_t j = 0; j < count; ++j) {
+    const int32_t i = kept[j];
     if (w[i] < min_p) continue;
     last = i;
     left -= w[i];
@@ -103,17 +104,17 @@ void SampleCall::run(Team& team) const {
   }
   team.barrier();
   const Range rows = team.share(batch);
-  std::vector<float> weights;
+  float* w = weights + team.index() * vocab_size;
   for (int64_t b = rows.first; b < rows.last; ++b) {
     const RowStats row = combine(stats + b * chunks, chunks);
     int32_t token = row.index;
     if (forced[b] >= 0) {
       token = forced[b];
     } else if (temperature[b] > 0.0f) {
-      weights.resize(vocab_size);
       set.softmax_weights(logits, dtype, b * stride, vocab_size, row.largest,
-                          1.0f / temperature[b], weights.data());
-      token = draw(weights, top_k[b], top_p[b], min_p[b], uniform[b], row.index);
+                          1.0f / temperature[b], w);
+      token = draw(w, vocab_size, top_k[b], top_p[b], min_p[b], uniform[b], row.index,
+                   kept + team.index() * vocab_size);
     }
     tokens[b] = token;
     logprobs[b] = load(logits, dtype, b * stride + token) - row.largest - row.log_total;

@@ -31,6 +31,8 @@ struct SampleCall final : Call {
   const float* uniform = nullptr;      // [B] in [0, 1)
   const int32_t* forced = nullptr;     // [B], -1: choose
   ChunkStats* stats = nullptr;         // [B, chunks] scratch
+  float* weights = nullptr;            // [threads, V] scratch
+  int32_t* kept = nullptr;             // [threads, V] scratch
   RowCount count;
 
   int64_t num_chunks() const { return (vocab_size + kSampleChunk - 1) / kSampleChunk; }

@@ -8,6 +8,7 @@ prompt in pieces, single tokens and several answers to one prompt share a step. 
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -62,6 +63,10 @@ class Engine:
         debug: after every step, account for every page and slot and fill free pages with NaN, so
             that whoever still reads one is seen.
         clock: seconds, for deadlines.
+
+    Attributes:
+        in_use: held by the one who runs steps for as long as that takes: a call of `generate` or
+            `generate_all`, or an `AsyncEngine`.
     """
 
     def __init__(
@@ -119,6 +124,7 @@ class Engine:
         if tokenizer is not None:
             self._detokenizer = Detokenizer(tokenizer)
             self._grammars = Grammars(tokenizer, decoder.config.vocab_size, stop_tokens)
+        self.in_use = threading.Lock()
         self._clock = clock
         self._in_flight: dict[int, _InFlight] = {}
         self._answers: dict[Stream, Answer] = {}
@@ -228,8 +234,24 @@ class Engine:
         completion)`` are called as the work goes on.
 
         Raises:
-            InputError: a request that can never run, found before any has.
+            InputError: a request that can never run, found before any has; or another call runs
+                the engine, in another thread or around this one.
         """
+        if not self.in_use.acquire(blocking=False):
+            raise InputError(
+                "another call runs this engine: wait for it, or give both to an AsyncEngine"
+            )
+        try:
+            return self._generate_all(requests, on_token, on_finish)
+        finally:
+            self.in_use.release()
+
+    def _generate_all(
+        self,
+        requests: Sequence[Request],
+        on_token: Callable[[int, int], None] | None,
+        on_finish: Callable[[int, int, Completion], None] | None,
+    ) -> list[list[Completion]]:
         numbers: dict[int, int] = {}
         gathered = [Gathering(request) for request in requests]
         num_left = len(requests)

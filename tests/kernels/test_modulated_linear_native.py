@@ -1,4 +1,6 @@
+import errno
 import itertools
+import mmap
 import threading
 
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from fssa_kernels import explain, modulated_linear, pack_matrix
 from fssa_kernels.native import MISSING, NATIVE
 from fssa_kernels.ops.modulated_linear.cases import _Sizes
+from fssa_kernels.packed import PackArena
 from fssa_kernels.testing import cases
 from tests.kernels.kernel_oracles import modulated_linear_oracle
 
@@ -241,6 +244,42 @@ def test_packed_weights_that_do_not_fit_are_refused(change, message):
         change = {"lora_a": pack_matrix(inputs["lora_a"].unpack())}
     with pytest.raises((ValueError, TypeError), match=message):
         native({**inputs, **change})
+
+
+@pytest.mark.parametrize(
+    ("options", "got"),
+    [
+        (dict(splits=[3, 3]), r"splits \(3, 3\) with paired=False"),
+        (dict(splits=[3, 3], paired=True), r"splits \(3, 3\) with paired=True"),
+    ],
+)
+def test_lora_a_is_packed_as_one_split(options, got):
+    """Of several it would be read as if they were one: other columns, no error."""
+    inputs = packed(make(torch.float32, family="gated", splits=(17, 9)))
+    expected = modulated_linear(**inputs, backend="reference")
+    inputs["lora_a"] = pack_matrix(inputs["lora_a"].unpack(), narrow=True, **options)
+    message = rf"lora_a was packed for {got}, not for one split \(6,\) with paired=False"
+    with pytest.raises(ValueError, match=message):
+        native(inputs)
+    assert torch.equal(modulated_linear(**inputs), expected)
+
+
+def test_no_sizes_are_no_splits():
+    nothing = torch.zeros(0, 3)
+    with pytest.raises(ValueError, match=r"splits: expected positive sizes that sum to N = 0, got"):
+        modulated_linear(torch.zeros(2, 3), nothing, splits=[])
+    with pytest.raises(ValueError, match="splits: expected at least one size and a sum of N = 0"):
+        pack_matrix(nothing, splits=[])
+
+
+def test_packing_needs_no_huge_pages(monkeypatch):
+    class WithoutHugePages(mmap.mmap):
+        def madvise(self, *_):
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(mmap, "mmap", WithoutHugePages)
+    matrix = torch.randn(20, 7)
+    assert torch.equal(pack_matrix(matrix, arena=PackArena()).unpack(), matrix)
 
 
 def test_packed_weights_have_no_gradient_and_say_so():

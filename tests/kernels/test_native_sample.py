@@ -1,11 +1,12 @@
 """The native `sample`: frequencies, ties, filters, forced tokens, log-probabilities."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
-from fssa_kernels import sample
+from fssa_kernels import StepGraph, sample
 from fssa_kernels.native import MISSING, NATIVE
 from fssa_kernels.testing import within_wider
 from tests.kernels.accuracy import (
@@ -164,3 +165,22 @@ def test_strange_logits_give_some_token_and_spare_the_other_rows(options, change
         expected = sample(logits, **chosen, backend="reference")
         assert torch.equal(tokens, expected[0])
         torch.testing.assert_close(logprobs, expected[1], rtol=1e-6, atol=2e-6)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc")
+def test_a_recorded_draw_allocates_nothing():
+    """A failure to allocate in the middle of a team would end the process."""
+    resource = pytest.importorskip("resource")
+    logits = torch.zeros(1, 40_000_000, dtype=torch.bfloat16)
+    chosen = settings_of(1)
+    graph = StepGraph.record(
+        lambda _: sample(logits, **chosen), {"rows": [logits, *chosen.values()]}
+    )
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (in_use + 2**25, before[1]))
+    try:
+        graph.replay(rows=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert graph.outputs[0].tolist() == [20_000_000]

@@ -159,6 +159,12 @@ BAD = {
     "cache rank": (dict(k_cache=torch.zeros(4, 2, 8)), ValueError, "k_cache: expected shape"),
     "head size": (dict(q=torch.zeros(3, 6, 7)), ValueError, "k_cache: .*2, 7.*2, 8"),
     "heads": (dict(q=torch.zeros(3, 5, 8)), ValueError, "q: .*multiple of Hkv = 2.*H = 5"),
+    "no query heads": (dict(q=torch.zeros(3, 0, 8)), ValueError, "q: .*one head.*got H = 0"),
+    "no KV heads": (
+        dict(k_cache=torch.zeros(9, 4, 0, 8), v_cache=torch.zeros(9, 4, 0, 8)),
+        ValueError,
+        r"k_cache: expected at least one KV head, got shape \(9, 4, 0, 8\)",
+    ),
     "v dtype": (dict(v_cache=torch.zeros(8, 4, 2, 8).half()), (TypeError, ValueError), "v_cache"),
     "tables dtype": (dict(block_tables=torch.zeros(3, 4).long()), TypeError, "block_tables: "),
     "lengths": (dict(kv_lens=torch.zeros(2, dtype=torch.int32)), ValueError, r"kv_lens: .*\(3,\)"),

@@ -12,6 +12,8 @@ from fssa_kernels.gpu.graph import CudaStepGraph
 from fssa_kernels.native import RecordingError
 from fssa_runtime.conditioning.user_weights import UserWeights
 from fssa_runtime.engine.engine import Engine
+from fssa_runtime.engine.runner import Chosen
+from fssa_runtime.engine.step_inputs import Row
 from fssa_runtime.errors import InputError
 from fssa_runtime.models.language_model import LanguageModel
 from fssa_runtime.request import Completion, Request, SamplingParams
@@ -125,6 +127,35 @@ def test_an_interrupted_call_frees_its_pages(model: LanguageModel) -> None:
     with pytest.raises(KeyboardInterrupt):
         interrupted.generate(mixed_requests(), on_token=stop)
     assert interrupted.scheduler.pool.num_free == interrupted.cache.num_pages
+
+
+def test_an_interrupted_step_leaves_nothing_to_be_found(model: LanguageModel) -> None:
+    request = Request(list(range(60)), sampling=SamplingParams(max_tokens=8))
+    limits = {"max_batch_tokens": 16}
+    expected = engine(model, **limits).generate([request])[0]
+    interrupted = engine(model, **limits)
+    original, num_steps = interrupted.runner.run, 0
+
+    def run(rows: list[Row]) -> list[Chosen]:
+        nonlocal num_steps
+        num_steps += 1
+        if num_steps < 3:
+            return original(rows)
+        (row,) = rows
+        for position in range(row.position, row.position + len(row.tokens)):
+            page, offset = row.pages[position // 4], position % 4
+            interrupted.cache.k[:, page, offset] = float("nan")
+            interrupted.cache.v[:, page, offset] = float("nan")
+        raise KeyboardInterrupt
+
+    interrupted.runner.run = run  # type: ignore[assignment, method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        interrupted.generate([request])
+    interrupted.runner.run = original  # type: ignore[method-assign]
+    interrupted.scheduler.check()
+    assert interrupted.scheduler.pool.num_free == interrupted.cache.num_pages
+    assert same(interrupted.generate([request])[0], expected)
+    assert interrupted.scheduler.pool.stats.found == 32  # what two steps computed
 
 
 @pytest.mark.parametrize(

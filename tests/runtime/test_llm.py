@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
 
-from fssa_runtime import LLM, Choice, SamplingParams
+from fssa_runtime import LLM, AsyncEngine, Choice, SamplingParams
 from fssa_runtime.conditioning import beliefs
 from fssa_runtime.errors import InputError
 from fssa_runtime.models.language_model import LanguageModel
@@ -153,6 +154,32 @@ def test_bad_choices_store_nothing(llm: LLM, name: str, choices: list, message: 
     with pytest.raises(InputError, match=message):
         llm.users.infer(name, choices)
     assert name not in llm.users
+
+
+def test_one_thread_at_a_time(llm: LLM) -> None:
+    requests = [llm.request(prompt, "ana", GREEDY) for prompt in PROMPTS]
+    expected = llm.run(requests)
+    inside, go_on = threading.Event(), threading.Event()
+    got = []
+
+    def wait(_request: int, _token: int) -> None:
+        inside.set()
+        go_on.wait(60)
+
+    thread = threading.Thread(target=lambda: got.extend(llm.run(requests, on_token=wait)))
+    thread.start()
+    try:
+        assert inside.wait(60)
+        with pytest.raises(InputError, match="another call runs this engine"):
+            llm.generate(["Why?"], "ben", GREEDY, progress=False)
+        with pytest.raises(InputError, match="a call of generate runs this model's engine"):
+            AsyncEngine(llm)
+        assert len(llm.engine) == len(PROMPTS)
+    finally:
+        go_on.set()
+        thread.join(60)
+    assert got == expected
+    assert llm.run(requests) == expected
 
 
 def test_without_a_conditioning_nobody_can_be_steered(model: LanguageModel) -> None:

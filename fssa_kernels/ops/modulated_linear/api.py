@@ -150,7 +150,7 @@ def _prepare(
     if bias is not None:
         check_tensor(_NAME, "bias", bias, (out_features,), (dtype,), device)
     sizes = [out_features] if splits is None else list(splits)
-    if splits is not None and (sum(sizes) != out_features or min(sizes) <= 0):
+    if splits is not None and (not sizes or sum(sizes) != out_features or min(sizes) <= 0):
         bad_value(_NAME, "splits", f"positive sizes that sum to N = {out_features}", str(sizes))
     if epilogue not in EPILOGUES:
         bad_value(_NAME, "epilogue", f"one of {', '.join(EPILOGUES)}", repr(epilogue))

@@ -43,6 +43,11 @@ def cannot_native(
         if isinstance(matrix, PackedMatrix):
             if matrix.narrow != (name == "lora_a"):
                 return f"{name} was packed with narrow={matrix.narrow}"
+            if name == "lora_a" and (len(matrix.splits) != 1 or matrix.paired):
+                return (
+                    f"lora_a was packed for splits {matrix.splits} with paired={matrix.paired}, "
+                    f"not for one split ({matrix.shape[0]},) with paired=False"
+                )
             if name != "lora_a" and (
                 matrix.splits != tuple(splits) or matrix.paired != (epilogue != "none")
             ):

@@ -53,7 +53,8 @@ def paged_attention(
     prefill, anything between chunked prefill. H / Hkv consecutive heads share a KV head.
 
     Arguments:
-        q: [T,H,D] floating. k_cache, v_cache: [num_pages,P,Hkv,D], q.dtype, H a multiple of Hkv.
+        q: [T,H,D] floating. k_cache, v_cache: [num_pages,P,Hkv,D], q.dtype, H a multiple of Hkv,
+            at least one of each.
         block_tables: [B,max_pages] int32; entries past the last page of a request are not read.
         kv_lens: [B] int32, this step's tokens included; 0 is allowed.
         q_indptr: [B+1] int32, from 0, not falling; requests without queries are allowed.
@@ -113,8 +114,11 @@ def _prepare(
     cache_shape = (num_pages, page_size, num_kv_heads, head_dim)
     check_tensor(_NAME, "k_cache", k_cache, cache_shape, (q.dtype,), device)
     check_tensor(_NAME, "v_cache", v_cache, cache_shape, (q.dtype,), device)
-    if num_heads % num_kv_heads:
-        bad_value(_NAME, "q", f"a multiple of Hkv = {num_kv_heads} heads", f"H = {num_heads}")
+    if num_kv_heads == 0:
+        bad_value(_NAME, "k_cache", "at least one KV head", f"shape {cache_shape}")
+    if num_heads == 0 or num_heads % num_kv_heads:
+        expected = f"at least one head, a multiple of Hkv = {num_kv_heads}"
+        bad_value(_NAME, "q", expected, f"H = {num_heads}")
     batch, max_pages = block_tables.shape
     check_tensor(_NAME, "block_tables", block_tables, (batch, max_pages), INDEX_DTYPES, device)
     check_tensor(_NAME, "kv_lens", kv_lens, (batch,), INDEX_DTYPES, device)

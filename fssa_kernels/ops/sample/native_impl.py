@@ -43,6 +43,8 @@ def sample_native(
     logprobs = empty(logits, (batch,), torch.float32)
     chunks = -(-vocab_size // NATIVE.SAMPLE_CHUNK)
     stats = empty(logits, (batch, chunks, 4), torch.float32)
+    weights = empty(logits, (torch.get_num_threads(), vocab_size), torch.float32)
+    kept = empty(logits, (torch.get_num_threads(), vocab_size), torch.int32)
     call = NATIVE.sample(
         rows_of(logits),
         tokens.data_ptr(),
@@ -58,6 +60,8 @@ def sample_native(
         uniform.data_ptr(),
         forced.data_ptr(),
         stats.data_ptr(),
+        weights.data_ptr(),
+        kept.data_ptr(),
     )
     launch("sample", call, logits, temperature, top_k, top_p, min_p, uniform, forced)
     return tokens, logprobs
