@@ -3,6 +3,15 @@
 # package and its kernel tests, so that neither the checkout nor an installed module is touched. It
 # leaves the shell in that copy. PYTHON (default python3) must have what the tests need; CXX (default
 # g++) is the compiler.
+
+# What tests the native kernels and StepGraph, in either build.
+# shellcheck disable=SC2034  # used by the scripts that read this
+native_tests=(
+    tests/kernels/test_native.py tests/kernels/test_native_bad_input.py
+    tests/kernels/test_native_sample.py tests/kernels/test_modulated_linear_native.py
+    tests/kernels/test_graph.py tests/kernels/test_graph_recording.py
+    tests/kernels/test_graph_interrupted.py
+)
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}
 compiler=${CXX:-g++}

@@ -18,6 +18,7 @@ from .errors import InputError
 from .models.language_model import Content, LanguageModel
 from .request import Completion, Request
 from .sampling import SamplingParams
+from .threads import set_or_limit_threads
 from .users.registry import Users, WhoseWeights
 
 # One for all prompts, or one for each.
@@ -53,6 +54,9 @@ class LLM:
         max_batch_size: answers of one step at most. max_batch_tokens: tokens of one step.
         max_kv_tokens: tokens the key-value cache holds.
         prefix_cache: use keys and values again where user and tokens before are the same.
+        threads: that compute on a CPU, torch's included; None leaves torch's number as it is, but
+            no more than the physical cores this process may use, a container's quota included.
+            A number set in torch later does not change a step that is recorded.
 
     Attributes:
         users: everybody known, by name; see `Users`.
@@ -74,7 +78,9 @@ class LLM:
         max_batch_tokens: int = 512,
         max_kv_tokens: int = 16384,
         prefix_cache: bool = True,
+        threads: int | None = None,
     ) -> None:
+        set_or_limit_threads(threads)
         if isinstance(model, str):
             model = LanguageModel.load(model, dtype=dtype, device=device)
         if conditioning is None:

@@ -32,6 +32,16 @@ def set_threads(wanted: int | None) -> int:
     return wanted
 
 
+def set_or_limit_threads(wanted: int | None) -> int:
+    """As `set_threads` for a library in somebody's process: None leaves torch's number as it is,
+    unless that is more than `available_cores`."""
+    import torch
+
+    return set_threads(
+        min(torch.get_num_threads(), available_cores()) if wanted is None else wanted
+    )
+
+
 def available_cores(root: Path = Path("/")) -> int:
     """Physical cores among the processors this process may run on, within its cgroup's quota.
 

@@ -182,6 +182,17 @@ def test_one_thread_at_a_time(llm: LLM) -> None:
     assert llm.run(requests) == expected
 
 
+def test_its_threads_are_set_before_a_step_is_recorded(model: LanguageModel) -> None:
+    before = torch.get_num_threads()
+    try:
+        assert LLM(model, threads=2).generate(["Why?"], sampling=GREEDY, progress=False)
+        assert torch.get_num_threads() == 2
+        with pytest.raises(InputError, match="threads: expected at least 1, got 0"):
+            LLM(model, threads=0)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_without_a_conditioning_nobody_can_be_steered(model: LanguageModel) -> None:
     plain = LLM(model)
     assert plain.generate(["Why?"], sampling=GREEDY, progress=False)[0].answers

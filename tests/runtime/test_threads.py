@@ -9,7 +9,7 @@ import torch
 
 from fssa_runtime import threads
 from fssa_runtime.errors import InputError
-from fssa_runtime.threads import available_cores, set_threads
+from fssa_runtime.threads import available_cores, set_or_limit_threads, set_threads
 
 
 def machine(root: Path, cores: list[int]) -> Path:
@@ -82,5 +82,17 @@ def test_setting_them(monkeypatch: pytest.MonkeyPatch) -> None:
         assert set_threads(None) == available_cores()
         with pytest.raises(InputError, match="at least 1, got 0"):
             set_threads(0)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_library_takes_no_more_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer stay as whoever set them wanted; more than the container grants would wait."""
+    before = torch.get_num_threads()
+    monkeypatch.setattr("fssa_runtime.threads.available_cores", lambda: 2)
+    try:
+        for already, wanted, expected in ((1, None, 1), (4, None, 2), (4, 3, 3), (1, 2, 2)):
+            torch.set_num_threads(already)
+            assert set_or_limit_threads(wanted) == torch.get_num_threads() == expected
     finally:
         torch.set_num_threads(before)
