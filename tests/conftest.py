@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 
 # Before torch is imported: tests run small shapes, for which more threads only wait for each other.
+# Triton's interpreter has a core besides, and two threads that wait for each other on the one core
+# that is left take longer than one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import importlib.util
