@@ -24,6 +24,9 @@ Step = Callable[[Any], Any]  # takes such inputs
 class StepGraph:
     """A recorded step; make one with `record`.
 
+    On a CPU a replay runs on torch's number of threads at that moment, but on no more than there
+    were when it was recorded: some ops have scratch memory for each thread.
+
     Attributes:
         outputs: what the step returned; holds the last replay's results, which the next one
             overwrites. They have as many rows as the recording: the first ones count.

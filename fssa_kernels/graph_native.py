@@ -48,7 +48,7 @@ class NativeStepGraph(StepGraph):
         self._native = recorder.graph
         self._keep = recorder
         # Some calls have scratch memory for each thread.
-        self._num_threads = torch.get_num_threads()
+        self._max_threads = torch.get_num_threads()
 
     def __len__(self) -> int:
         """Ops recorded."""
@@ -57,11 +57,14 @@ class NativeStepGraph(StepGraph):
     def profile(self, repeats: int, **rows: int) -> list[float]:
         """Mean seconds of every op, in order, over some replays."""
         self._check(rows)
-        times = self._native.profile(self._dims(rows), self._num_threads, repeats, _is_main())
+        times = self._native.profile(self._dims(rows), self._num_threads(), repeats, _is_main())
         return [seconds / repeats for seconds in times]
 
     def _replay(self, rows: Mapping[str, int]) -> None:
-        self._native.replay(self._dims(rows), self._num_threads, _is_main())
+        self._native.replay(self._dims(rows), self._num_threads(), _is_main())
+
+    def _num_threads(self) -> int:
+        return min(torch.get_num_threads(), self._max_threads)
 
     def _dims(self, rows: Mapping[str, int]) -> list[int]:
         return [rows[name] for name in self.capacity]

@@ -67,7 +67,7 @@ class AsyncEngine:
 
     Args:
         llm: the model, its users and its engine; as long as this one is open nobody else may run
-            that engine.
+            that engine. Steps run on as many threads as torch has here, which `LLM` chose.
         max_requests: in flight at most, waiting ones included; more are refused.
 
     Methods may be called from any number of event loops.

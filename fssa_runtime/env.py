@@ -3,8 +3,8 @@
 ===================  ========================================================================
 ``FSSA_CACHE``       where pulled models are kept (default: ``$XDG_CACHE_HOME/fssa``, that is
                      ``~/.cache/fssa``)
-``OMP_NUM_THREADS``  compute threads of the ``fssa`` command (default: one for each physical core
-                     the process may use)
+``OMP_NUM_THREADS``  compute threads of the ``fssa`` command and of `LLM` (default: one for each
+                     physical core the process may use)
 ``WORLD_SIZE``,      how many processes train together, which of them this is, and which on its
 ``RANK``,            machine; set by ``torchrun`` and ``accelerate launch`` (default: one process)
 ``LOCAL_RANK``

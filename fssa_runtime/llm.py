@@ -54,9 +54,10 @@ class LLM:
         max_batch_size: answers of one step at most. max_batch_tokens: tokens of one step.
         max_kv_tokens: tokens the key-value cache holds.
         prefix_cache: use keys and values again where user and tokens before are the same.
-        threads: that compute on a CPU, torch's included; None leaves torch's number as it is, but
-            no more than the physical cores this process may use, a container's quota included.
-            A number set in torch later does not change a step that is recorded.
+        threads: that compute on a CPU, torch's included. None leaves torch's number as it is, but
+            where `set_threads` has not chosen it no more than ``OMP_NUM_THREADS`` or, if that is
+            not set, the physical cores this process may use, a container's quota included. A
+            smaller number set in torch later is obeyed, a larger one is not.
 
     Attributes:
         users: everybody known, by name; see `Users`.

@@ -13,33 +13,49 @@ from pathlib import Path
 from .env import omp_num_threads
 from .errors import InputError
 
+_chosen: int | None = None  # by the last `set_threads`
+
 
 def set_threads(wanted: int | None) -> int:
     """Let torch and the native kernels use ``wanted`` threads; returns the number.
 
-    None: ``OMP_NUM_THREADS`` if that is set, otherwise `available_cores`.
+    None: `default_threads`. The number is torch's, of the whole process.
 
     Raises:
         InputError: fewer than one.
     """
     import torch
 
+    global _chosen
     if wanted is None:
-        wanted = omp_num_threads() or available_cores()
+        wanted = default_threads()
     if wanted < 1:
         raise InputError(f"threads: expected at least 1, got {wanted}")
     torch.set_num_threads(wanted)
+    _chosen = wanted
     return wanted
 
 
 def set_or_limit_threads(wanted: int | None) -> int:
     """As `set_threads` for a library in somebody's process: None leaves torch's number as it is,
-    unless that is more than `available_cores`."""
+    unless that is more than `default_threads` and not what `set_threads` chose.
+
+    More that ``torch.set_num_threads`` chose cannot be told from torch's own number, which knows
+    nothing of quotas, and is lowered too.
+    """
     import torch
 
-    return set_threads(
-        min(torch.get_num_threads(), available_cores()) if wanted is None else wanted
-    )
+    if wanted is not None:
+        return set_threads(wanted)
+    current = torch.get_num_threads()
+    if current != _chosen and current > default_threads():
+        torch.set_num_threads(default_threads())
+    return torch.get_num_threads()
+
+
+def default_threads() -> int:
+    """``OMP_NUM_THREADS`` if that is set, otherwise `available_cores`."""
+    return omp_num_threads() or available_cores()
 
 
 def available_cores(root: Path = Path("/")) -> int:

@@ -46,6 +46,9 @@ class _InFlight:
 class Engine:
     """Runs requests on a decoder.
 
+    On a CPU a step runs on torch's number of threads, and on no more than there were here: call
+    `fssa_runtime.threads.set_threads` before.
+
     Args:
         decoder: the frozen model; its weights are packed for the native kernels where it can be
             (`Decoder.pack`), after which it has no gradients.

@@ -199,6 +199,30 @@ def test_every_table_an_index_goes_into_is_checked():
             graph.replay(tokens=3)
 
 
+@pytest.mark.parametrize(("now", "expected"), [(1, 1), (2, 2), (4, 2)])
+def test_a_replay_has_torchs_threads_at_most_those_of_its_recording(now, expected):
+    torch.set_num_threads(2)
+    chain = Chain()
+    graph = chain.record()
+    native, given = graph._native, []
+
+    class Native:
+        def replay(self, dims, num_threads, is_main):
+            given.append(num_threads)
+            native.replay(dims, num_threads, is_main)
+
+        def profile(self, dims, num_threads, repeats, is_main):
+            given.append(num_threads)
+            return native.profile(dims, num_threads, repeats, is_main)
+
+    graph._native = Native()
+    torch.set_num_threads(now)
+    counts = chain.fill(STEPS["all"])
+    graph.replay(**counts)
+    graph.profile(1, **counts)
+    assert given == [expected, expected]
+
+
 @pytest.mark.parametrize("num_threads", [1, 2])
 def test_two_graphs_replay_at_once(num_threads):
     torch.set_num_threads(num_threads)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from fssa_runtime import threads
+from fssa_runtime import LLM, threads
 from fssa_runtime.errors import InputError
+from fssa_runtime.models.language_model import LanguageModel
 from fssa_runtime.threads import available_cores, set_or_limit_threads, set_threads
+
+from .conditioned import small_model
 
 
 def machine(root: Path, cores: list[int]) -> Path:
@@ -72,27 +76,54 @@ def test_a_quota_of_version_one(
     assert available_cores(root) == expected
 
 
-def test_setting_them(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nobody has chosen a number of threads yet; afterwards it is as before."""
+    monkeypatch.setattr(threads, "_chosen", None)
     before = torch.get_num_threads()
-    try:
-        assert set_threads(3) == torch.get_num_threads() == 3
-        monkeypatch.setenv("OMP_NUM_THREADS", "2,1")
-        assert set_threads(None) == torch.get_num_threads() == 2
-        monkeypatch.setenv("OMP_NUM_THREADS", "nonsense")
-        assert set_threads(None) == available_cores()
-        with pytest.raises(InputError, match="at least 1, got 0"):
-            set_threads(0)
-    finally:
-        torch.set_num_threads(before)
+    yield
+    torch.set_num_threads(before)
 
 
-def test_a_library_takes_no_more_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
+    return small_model(tmp_path_factory.mktemp("threads") / "model")
+
+
+def test_setting_them(restored: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set_threads(3) == torch.get_num_threads() == 3
+    monkeypatch.setenv("OMP_NUM_THREADS", "2,1")
+    assert set_threads(None) == torch.get_num_threads() == 2
+    monkeypatch.setenv("OMP_NUM_THREADS", "nonsense")
+    assert set_threads(None) == available_cores()
+    with pytest.raises(InputError, match="at least 1, got 0"):
+        set_threads(0)
+
+
+def test_a_library_takes_no_more_than_there_are(
+    restored: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Fewer stay as whoever set them wanted; more than the container grants would wait."""
-    before = torch.get_num_threads()
-    monkeypatch.setattr("fssa_runtime.threads.available_cores", lambda: 2)
-    try:
-        for already, wanted, expected in ((1, None, 1), (4, None, 2), (4, 3, 3), (1, 2, 2)):
-            torch.set_num_threads(already)
-            assert set_or_limit_threads(wanted) == torch.get_num_threads() == expected
-    finally:
-        torch.set_num_threads(before)
+    monkeypatch.setattr(threads, "available_cores", lambda: 2)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for already, wanted, expected in ((1, None, 1), (4, None, 2), (4, 3, 3), (1, 2, 2)):
+        torch.set_num_threads(already)
+        assert set_or_limit_threads(wanted) == torch.get_num_threads() == expected
+    monkeypatch.setenv("OMP_NUM_THREADS", "6")
+    for already, expected in ((5, 5), (8, 6)):
+        torch.set_num_threads(already)
+        assert set_or_limit_threads(None) == torch.get_num_threads() == expected
+
+
+def test_more_stay_where_set_threads_chose_them(
+    restored: None, model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`fssa --threads 4 demo` makes an LLM on a machine of two cores."""
+    monkeypatch.setattr(threads, "available_cores", lambda: 2)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    set_threads(4)
+    LLM(model)
+    assert torch.get_num_threads() == 4
+    torch.set_num_threads(5)
+    LLM(model)
+    assert torch.get_num_threads() == 2
