@@ -84,6 +84,8 @@ def run_demo(options: DemoOptions, console: Console) -> dict[str, Any]:
         "model": options.model,
         "device": options.device,
         "dtype": options.dtype,
+        # Why steps are not replayed from a recording; null if they are.
+        "eager_reason": llm.engine.runner.eager_reason,
         "prompt": options.prompt,
         "users": [
             {

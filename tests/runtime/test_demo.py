@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from fssa_kernels.native import NATIVE
 from fssa_runtime.cli import main
 from fssa_runtime.conditioning.checkpoint import Choice
 from fssa_runtime.demo import USERS_FILE
@@ -50,6 +51,7 @@ def test_demo_proves_that_rows_are_their_users(
     assert result["users"][0]["taste"] == "short"
     assert result["users"][1]["taste"] is None
     assert (result["batch_rows"], result["distinct_users"]) == (5, 4)
+    assert NATIVE is None or result["eager_reason"] is None
     assert result["max_abs_logprob_diff_vs_solo"] <= 1e-4
     assert 0 < result["max_abs_logprob_diff_vs_merged"] <= 1e-4
     assert result["tokens_per_s_batched"] > 0
