@@ -21,7 +21,7 @@ from typing_extensions import Self
 
 TRAINING = 0
 EVALUATION = 1
-# Users that a warning names.
+# Users, or tasks of a batch, that a message names.
 MAX_NAMED = 5
 
 

@@ -32,6 +32,7 @@ from transformers.trainer_callback import PrinterCallback
 from fssa_runtime.env import process
 from fssa_runtime.files import write_atomically
 from fssa_runtime.training.progress import Progress, shown_by
+from fssa_runtime.training.tasks import MAX_NAMED
 
 METRICS_FILE = "metrics.json"  # of a run that came to its end
 _SETTINGS_FILE = "train_settings.json"
@@ -50,9 +51,6 @@ NOT_DECISIVE = {
     "overwrite",
 }
 _SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
-
-# Items of a batch that an error names.
-MAX_NAMED = 5
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
@@ -391,10 +389,12 @@ def _prepare_output_dir(
 
 
 def _flat(recipe: Mapping[str, Any], within: str = "") -> dict[str, Any]:
-    """{"data": {"kind": "x"}} → {"data.kind": "x"}"""
+    """{"data": {"kind": "x"}} → {"data": "...", "data.kind": "x"}: a part that was left out, and so
+    is None, differs from one that was not."""
     flat: dict[str, Any] = {}
     for name, value in recipe.items():
         if isinstance(value, Mapping):
+            flat[within + name] = "..."
             flat |= _flat(value, f"{within}{name}.")
         else:
             flat[within + name] = value

@@ -172,6 +172,11 @@ def test_a_run_is_resumed_by_its_own_recipe_only(tmp_path):
     ):
         with pytest.raises(ValueError, match=f"resume: .*{message}"):
             train_reward(resuming.model_copy(update=change))
+    # An encoder that was left out, and one that is spelt out.
+    train_reward(tiny_recipe(tmp_path / "plain").model_copy(update={"encoder": None}))
+    spelt = tiny_recipe(tmp_path / "plain", resume=True)
+    with pytest.raises(ValueError, match=r"resume: .*encoder \(expected None, got \.\.\.\)"):
+        train_reward(spelt)
     # How it is measured does not decide what was learnt.
     measured = resuming.evaluation.model_copy(update={"num_tasks": 12})
     assert train_reward(resuming.model_copy(update={"evaluation": measured})).fit.resumed_at == 20
