@@ -6,10 +6,15 @@ All sides run the same model files and are measured in turn, round after round, 
 the machine does falls on all of them. What a peer's timing covers is said in
 `benchmarks.peers.worker`; ours covers the same through `Engine.generate`, scheduling and the choice
 of tokens included. Three rows are ours: no modulation, one user, and every row another user
-(gated, rank 16, all seven linears). Speed counts only behind the gates: see `gates`.
+(gated, rank 16, all seven linears).
+
+Speed counts only behind gates. Ours are in `benchmarks.decode_sides.check_ours`. A first round that
+does not count has every peer's tokens judged at every batch size by `benchmarks.text_gate`, its
+adapters merged by hand; a peer that fails is absent with that reason, as is one that cannot start.
 
 A round takes every batch size and the prefill once, and the file is written anew after every round:
-whoever ends the run early (Ctrl-C) has the rounds there were, and the file says how many.
+whoever ends the run early (Ctrl-C) has the rounds there were, and the file says how many. A peer
+that fails later ends the run as well.
 """
 
 from __future__ import annotations
@@ -21,7 +26,6 @@ import platform
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -31,21 +35,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.modulated import LATENT_DIM, RANK, random_modulator
-from benchmarks.peers.client import FOLDER, Peer, available
-from fssa_kernels import PackArena
+from benchmarks.decode_sides import OURS, Limits, Ours, check_ours
+from benchmarks.modulated import RANK
+from benchmarks.peers.client import FOLDER, Peer, PeerError, start
+from benchmarks.text_gate import Gate, wear_adapters
 from fssa_kernels.native import NATIVE
-from fssa_runtime.conditioning.merge import merged, reference_answer_logprobs
-from fssa_runtime.conditioning.table import ModulationTable
-from fssa_runtime.conditioning.user_weights import UserWeights
-from fssa_runtime.engine.engine import Engine
 from fssa_runtime.files import write_atomically
 from fssa_runtime.models.language_model import LanguageModel
 from fssa_runtime.models.pull import DEFAULT_MODEL
-from fssa_runtime.request import Completion, Request, SamplingParams
 from fssa_runtime.threads import set_threads
 
-OURS = ("base only", "one user", "all distinct")
 PEERS = {
     # As F16 too: where an instruction set has no products of bf16, that is the faster of its two.
     "llama.cpp": ("llama_cpp", "llama_cpp_f16"),
@@ -53,165 +52,57 @@ PEERS = {
     "hf": ("hf",),
     "peft": ("peft",),
 }
-PRODUCTS = (torch.bfloat16, torch.float32)
 PROMPT = "Tell me about the weather in the mountains, and what to wear there."
 
 
-class Ours:
-    """The three rows that are ours, on one set of packed weights."""
+def first_round(
+    ours: Ours,
+    peers: dict[str, Peer],
+    batches: Sequence[int],
+    gate: Gate,
+    *,
+    prompt: list[int],
+    long_prompt: list[int],
+    new: int,
+    console: Console,
+) -> tuple[dict[str, dict[str, dict[str, float]]], dict[str, str]]:
+    """All sides once, uncounted: what peers' tokens lose at each batch size, and who fails.
 
-    def __init__(self, model: LanguageModel, max_batch: int, prefill_tokens: int) -> None:
-        self.model = model
-        self.modulator = random_modulator(model.decoder.config)
-        self.table = ModulationTable(self.modulator.layout, max_batch)
-        latents = torch.randn(max_batch, LATENT_DIM, generator=torch.Generator().manual_seed(1))
-        with torch.no_grad():
-            self.users = [UserWeights.of_row(row) for row in self.modulator.rows(latents)]
-        nobody = torch.zeros(0, dtype=torch.int32)
-        modulation = self.modulator.bind(self.table.rows, nobody, dtype=model.decoder.dtype)
-        limits = {
-            "max_batch_size": max_batch,
-            "max_batch_tokens": max(2048, prefill_tokens),
-            "max_kv_tokens": max(max_batch * 256, 2 * prefill_tokens),
-            # The same prompt comes again and again, and is to be computed each time.
-            "prefix_cache": False,
-        }
-        no_stops: frozenset[int] = frozenset()
-        self.engines = {
-            "base only": Engine(model.decoder, no_stops, **limits),
-            "one user": Engine(model.decoder, no_stops, modulation, self.table, **limits),
-        }
-        self.engines["all distinct"] = self.engines["one user"]
-        for name, engine in self.engines.items():
-            if engine.runner.eager_reason is not None:
-                raise RuntimeError(
-                    f"{name}: the step is not replayed: {engine.runner.eager_reason}"
-                )
-
-    def requests(self, row: str, batch: int, prompt: list[int], new: int) -> list[Request]:
-        users: list[UserWeights | None] = {
-            "base only": [None] * batch,
-            "one user": [self.users[0]] * batch,
-            "all distinct": self.users[:batch],
-        }[row]
-        sampling = SamplingParams(max_tokens=new)
-        return [Request(prompt, user, sampling) for user in users]
-
-    def decode(self, row: str, batch: int, *, prompt: list[int], new: int) -> float:
-        """Tokens a second of ``new`` steps, the prefill and its token left out."""
-        started = [0.0]
-
-        def on_token(index: int, _token: int) -> None:
-            if not started[0] and index == batch - 1:
-                started[0] = time.perf_counter()
-
-        requests = self.requests(row, batch, prompt, new + 1)
-        self.engines[row].generate(requests, on_token=on_token)
-        return batch * new / (time.perf_counter() - started[0])
-
-    def prefill(self, row: str, prompt: list[int]) -> float:
-        start = time.perf_counter()
-        self.engines[row].generate(self.requests(row, 1, prompt, 1))
-        return len(prompt) / (time.perf_counter() - start)
-
-    def step_bytes(self, row: str, batch: int, context: int) -> int:
-        """What a decode step must read: packed weights, factors, keys and values."""
-        decoder = self.model.decoder
-        weights = [decoder.lm_head]
-        for layer in decoder.blocks:
-            weights += [getattr(layer, name) for name, _, _ in layer.linears()]
-        total = sum(weight.num_bytes for weight in weights)
-        if row != "base only":
-            total += sum(
-                2 * p.numel()
-                for group in (self.modulator.lora_a, self.modulator.lora_b)
-                for p in group.values()
-            )
-        config = decoder.config
-        kv = 2 * 2 * config.num_layers * config.num_kv_heads * config.head_dim
-        return total + batch * context * kv
-
-
-def gates(ours: Ours, prompt: list[int], batch: int) -> dict[str, Any]:
-    """What has to hold before a speed is printed; raises RuntimeError where it does not.
-
-    Every row of a batch of distinct users is, to the bit, what that user gets alone; users differ;
-    and the log-probabilities of what a user got are as close to fp32 as plain PyTorch's are at the
-    same dtype with the user's weights merged by hand (at most twice its error, plus 0.01 nats).
+    Peers that fail are ended and taken out of ``peers``; the second result says why.
     """
-    together = ours.engines["all distinct"].generate(
-        ours.requests("all distinct", batch, prompt, 24)
-    )
-    alone = [
-        ours.engines["all distinct"].generate([request])[0]
-        for request in ours.requests("all distinct", batch, prompt, 24)
-    ]
-    if any(
-        a.tokens != b.tokens or a.logprobs != b.logprobs
-        for a, b in zip(together, alone, strict=True)
-    ):
-        raise RuntimeError("gate: a row of the batch differs from the same user alone")
-    distinct = len({tuple(c.logprobs) for c in together})
-    if distinct != batch:
-        raise RuntimeError(f"gate: {batch} users, {distinct} different results")
-    errors = _errors(ours, prompt, together[0])
-    if errors["ours"] > 2 * errors["plain"] + 0.01:
-        raise RuntimeError(f"gate: mean error of log-probabilities {errors}")
-    return {"rows_equal_alone": "bitwise", "distinct": distinct, "mean_abs_error": errors}
+    for row in OURS:
+        for batch in batches:
+            ours.decode(row, batch, prompt=prompt, new=new)
+        ours.prefill(row, long_prompt)
+    losses: dict[str, dict[str, dict[str, float]]] = {}
+    failed: dict[str, str] = {}
+    for name, peer in list(peers.items()):
+        try:
+            losses[name] = {
+                str(batch): _judge(peer, batch, gate, ours.model.folder, prompt, new)
+                for batch in batches
+            }
+            peer.prefill(long_prompt)
+            console.print(f"gate: {name} passes: {losses[name]}")
+        except RuntimeError as error:
+            failed[name] = str(error)
+            console.print(f"{name} is left out: {error}")
+            peers.pop(name).close()
+            losses.pop(name, None)
+    return losses, failed
 
 
-def _errors(ours: Ours, prompt: list[int], completion: Completion) -> dict[str, float]:
-    """Mean |Δ log p| of one user's text from fp32, ours and plain bf16 PyTorch's."""
-    from transformers import AutoModelForCausalLM
-
-    scored = {}
-    row = ours.users[0].make_row()
-    for dtype in (torch.float32, torch.bfloat16):
-        reference = AutoModelForCausalLM.from_pretrained(
-            ours.model.folder, dtype=dtype, local_files_only=True
-        ).eval()
-        with merged(reference, ours.modulator, row) as own:
-            scored[dtype] = reference_answer_logprobs(own, prompt, completion.tokens)
-    exact = scored[torch.float32]
-    return {
-        "ours": float((torch.tensor(completion.logprobs) - exact).abs().mean()),
-        "plain": float((scored[torch.bfloat16] - exact).abs().mean()),
-    }
-
-
-class Limits:
-    """What this machine can do at the moment, measured in turn with the sides."""
-
-    def __init__(self) -> None:
-        # On the pages that weights lie on.
-        self._memory = PackArena().take(256 * 1024 * 1024).fill_(1)
-        x, weight = torch.randn(1024, 1536), torch.randn(3072, 1536)
-        self._products = [(x.to(dtype), weight.to(dtype)) for dtype in PRODUCTS]
-
-    def stream(self, seconds: float = 0.3) -> float:
-        """Bytes a second that all threads read."""
-        assert NATIVE is not None
-        memory, threads = self._memory, torch.get_num_threads()
-        passes = 0
-        start = time.perf_counter()
-        while time.perf_counter() < start + seconds:
-            NATIVE.stream_seconds(memory.data_ptr(), memory.numel(), threads)
-            passes += 1
-        return passes * memory.numel() / (time.perf_counter() - start)
-
-    def product(self, seconds: float = 0.3) -> float:
-        """FLOP a second of PyTorch's matrix product, in bf16 or fp32, whichever is faster."""
-        rates = []
-        for x, weight in self._products:
-            passes = 0
-            start = time.perf_counter()
-            with torch.inference_mode():
-                while time.perf_counter() < start + seconds / len(self._products):
-                    torch.nn.functional.linear(x, weight)
-                    passes += 1
-            flop = 2 * x.shape[0] * weight.numel()
-            rates.append(passes * flop / (time.perf_counter() - start))
-        return max(rates)
+def _judge(
+    peer: Peer, batch: int, gate: Gate, folder: Path, prompt: list[int], new: int
+) -> dict[str, float]:
+    answers = peer.decode(batch, prompt, new).first_tokens
+    if len(answers) != batch or not all(answers):
+        raise RuntimeError(f"gate: batch {batch}: tokens for {sum(map(bool, answers))} rows")
+    wear = wear_adapters(range(batch), folder, peer.work) if peer.adapters else None
+    try:
+        return gate.judge([prompt] * batch, answers, wear)
+    except RuntimeError as error:
+        raise RuntimeError(f"gate: batch {batch}: {error}") from error
 
 
 def measure(
@@ -225,7 +116,7 @@ def measure(
     rounds: int,
     console: Console,
 ) -> Iterator[dict[str, Any]]:
-    """All samples so far, after every round but the first, which does not count."""
+    """All samples so far, after every round."""
     decoders: dict[str, Callable[[int], float]] = {
         row: functools.partial(ours.decode, row, prompt=prompt, new=new) for row in OURS
     }
@@ -243,26 +134,24 @@ def measure(
             str(batch): {"stream_bytes_per_s": [], "product_flop_per_s": []} for batch in batches
         },
     }
-    for number in range(rounds + 1):
+    for number in range(1, rounds + 1):
         where = f"round {number} of {rounds}"
         for batch in batches:
             sides = {name: functools.partial(side, batch) for name, side in decoders.items()}
             rates = _round(sides)
             _report(console, f"{where}, batch {batch}", rates)
-            if number:
-                _append(raw["decode"][str(batch)], rates)
-                _append(
-                    raw["limits"][str(batch)],
-                    {
-                        "stream_bytes_per_s": limits.stream(),
-                        "product_flop_per_s": limits.product(),
-                    },
-                )
+            _append(raw["decode"][str(batch)], rates)
+            _append(
+                raw["limits"][str(batch)],
+                {
+                    "stream_bytes_per_s": limits.stream(),
+                    "product_flop_per_s": limits.product(),
+                },
+            )
         rates = _round(prefills)
         _report(console, f"{where}, prefill", rates)
-        if number:
-            _append(raw["prefill"], rates)
-            yield raw
+        _append(raw["prefill"], rates)
+        yield raw
 
 
 def _append(samples: dict[str, list[float]], values: dict[str, float]) -> None:
@@ -294,10 +183,13 @@ def summarise(raw: dict[str, Any], ours: Ours, context: int) -> dict[str, Any]:
         for name in rows:
             rows[name]["all_distinct_over_this"] = _ratio(samples["all distinct"], samples[name])
         for name in OURS:
+            limits = raw["limits"][batch]
             step_bytes = ours.step_bytes(name, int(batch), context)
             rows[name]["fraction_of_stream"] = step_bytes * _ratio(
-                [rate / int(batch) for rate in samples[name]],
-                raw["limits"][batch]["stream_bytes_per_s"],
+                [rate / int(batch) for rate in samples[name]], limits["stream_bytes_per_s"]
+            )
+            rows[name]["fraction_of_product"] = ours.token_flop(name, context) * _ratio(
+                samples[name], limits["product_flop_per_s"]
             )
         summary["decode"][batch] = rows
     for name, values in raw["prefill"].items():
@@ -317,15 +209,15 @@ def show(summary: dict[str, Any], absent: dict[str, str], console: Console) -> N
     for batch, rows in [*summary["decode"].items(), ("prefill", summary["prefill"])]:
         title = "prefill" if batch == "prefill" else f"decode, batch {batch}"
         table = Table(title=title, title_justify="left")
-        for column in ("", "tokens/s", "all distinct ÷ this", "fraction of stream"):
+        for column in ("", "tokens/s", "all distinct ÷ this", "of the stream", "of the product"):
             table.add_column(column, justify="left" if not column else "right")
         for name, row in rows.items():
-            share = row.get("fraction_of_stream")
+            shares = [row.get(f"fraction_of_{limit}") for limit in ("stream", "product")]
             table.add_row(
                 name,
                 f"{row['tokens_per_s']:.1f}",
                 f"{row['all_distinct_over_this']:.3f}",
-                "" if share is None else f"{share:.2f}",
+                *("" if share is None else f"{share:.2f}" for share in shares),
             )
         console.print(table)
     for name, reason in absent.items():
@@ -388,7 +280,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark; 1 where a gate fails."""
+    """Run the benchmark; 1 where a gate of ours fails, or a peer that had passed its own."""
     options = parse(arguments)
     console = Console()
     if NATIVE is None:
@@ -401,36 +293,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     prompt = model.chat_tokens(PROMPT)
     long_prompt = (prompt * (options.prefill_tokens // len(prompt) + 1))[: options.prefill_tokens]
     ours = Ours(model, max(options.batch), options.prefill_tokens)
+    gate = Gate(model.folder)
     try:
-        passed = gates(ours, prompt, max(options.batch))
+        passed = check_ours(ours, gate, prompt, max(options.batch))
     except RuntimeError as error:
         console.print(str(error))
         return 1
-    wanted = [name for peer in options.peers for name in PEERS[peer]]
-    reasons = {name: available(name, folder=options.peers_folder) for name in wanted}
-    absent = {name: reason for name, reason in reasons.items() if reason is not None}
+    texts = {"prompt": prompt, "long_prompt": long_prompt, "new": options.new_tokens}
+    status = 0
     with ExitStack() as stack:
-        peers = {}
-        for name in wanted:
-            if name in absent:
-                continue
-            console.print(f"starting {name}")
-            peers[name] = stack.enter_context(
-                Peer(
-                    name,
-                    model=model.folder,
-                    folder=options.peers_folder,
-                    threads=torch.get_num_threads(),
-                )
-            )
-        result = {
+        peers, absent = start(
+            [name for peer in options.peers for name in PEERS[peer]],
+            stack,
+            model=model.folder,
+            folder=options.peers_folder,
+            threads=torch.get_num_threads(),
+            report=console.print,
+        )
+        losses, failed = first_round(ours, peers, options.batch, gate, console=console, **texts)
+        absent |= failed
+        del gate  # its two models are wanted no more
+        result: dict[str, Any] = {
             "machine": machine(),
             "model": options.model,
             "rank": RANK,
             "prompt_tokens": len(prompt),
             "new_tokens": options.new_tokens,
             "prefill_tokens": options.prefill_tokens,
-            "gates": passed,
+            "gates": {**passed, "peers_mean_loss": losses},
             "peers": {n: {"version": p.version, "settings": p.settings} for n, p in peers.items()},
             "absent": absent,
         }
@@ -439,23 +329,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 ours,
                 peers,
                 options.batch,
-                prompt=prompt,
-                long_prompt=long_prompt,
-                new=options.new_tokens,
                 rounds=options.rounds,
                 console=console,
+                **texts,
             ):
                 result["rounds"] = len(raw["prefill"][OURS[0]])
                 result["summary"] = summarise(raw, ours, len(prompt) + options.new_tokens // 2)
                 result["raw"] = raw
                 if options.json is not None:
                     write_atomically(options.json, f"{json.dumps(result, indent=2)}\n".encode())
-        except KeyboardInterrupt:
-            console.print(f"ended after round {result.get('rounds', 0)} of {options.rounds}")
-    if "summary" not in result:
-        return 130
-    show(result["summary"], absent, console)
-    return 0
+        except (KeyboardInterrupt, PeerError) as error:
+            status = 130 if isinstance(error, KeyboardInterrupt) else 1
+            done = f"ended after round {result.get('rounds', 0)} of {options.rounds}"
+            console.print(f"{done}: {error}" if str(error) else done)
+    if "summary" in result:
+        show(result["summary"], absent, console)
+    return status
 
 
 if __name__ == "__main__":

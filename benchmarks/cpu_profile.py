@@ -18,7 +18,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.cpu_decode import Ours, machine
+from benchmarks.cpu_decode import machine
+from benchmarks.decode_sides import Ours
 from fssa_kernels.native import NATIVE
 from fssa_runtime.engine.step_inputs import Row
 from fssa_runtime.models.language_model import LanguageModel

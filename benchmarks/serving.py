@@ -13,7 +13,7 @@ nobody is measured in a jam alone.
 Peers serve the same requests by continuous batching, each in a process of its own
 (`benchmarks.peers.worker`), and one loop plays a trace to all (`benchmarks.peers.play`). Sides are
 measured in turn, round after round, in alternating order; ratios are taken round by round. Every
-load's first round stands behind `benchmarks.serving_gate`. The prefix cache is on where users come
+load's first round stands behind `benchmarks.text_gate`. The prefix cache is on where users come
 back, for us; the prompts of a trace share nothing.
 """
 
@@ -35,10 +35,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.cpu_decode import machine
-from benchmarks.peers.client import FOLDER, PeerError
+from benchmarks.peers.client import FOLDER, PeerError, start
 from benchmarks.peers.play import Ask, Played
-from benchmarks.serving_gate import Gate
-from benchmarks.serving_sides import ALONE, PEERS, SIDES, Ours, Side, peer_side, start_peers
+from benchmarks.serving_sides import ALONE, PEERS, SIDES, Ours, Side, peer_side
+from benchmarks.text_gate import Gate
 from fssa_runtime.models.language_model import LanguageModel
 from fssa_runtime.models.pull import DEFAULT_MODEL
 from fssa_runtime.planning.sketch import Sketch
@@ -202,7 +202,11 @@ class Benchmark:
     def _judge(self, name: str, asked: Sequence[Ask], played: Played) -> dict[str, float]:
         wear = self.sides[name].wear
         try:
-            return self.gate.judge(asked, played, None if wear is None else wear(asked))
+            return self.gate.judge(
+                [ask.prompt_tokens for ask in asked],
+                played.first_tokens,
+                None if wear is None else wear(asked),
+            )
         except RuntimeError as error:
             raise RuntimeError(f"gate: {name}: {error}") from error
 
@@ -331,9 +335,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     sides = {name: ours.side(name) for name in (*SIDES, ALONE)}
     with ExitStack() as stack:
-        peers, absent = start_peers(options, model.folder, stack, console)
+        peers, absent = start(
+            [PEERS[chosen] for chosen in options.peers],
+            stack,
+            model=model.folder,
+            folder=options.peers_folder,
+            threads=threads,
+            timeout=3600.0,
+            serving=True,
+            report=console.print,
+        )
         for name, peer in peers.items():
-            sides[name] = peer_side(name, peer, model.folder, options.concurrency)
+            sides[name] = peer_side(peer, model.folder, options.concurrency)
         bench = Benchmark(sides, gate, model.decoder.config.vocab_size, options, console)
         try:
             result = bench.measure()

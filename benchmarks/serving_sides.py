@@ -7,17 +7,15 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from benchmarks.modulated import LATENT_DIM, random_modulator
-from benchmarks.peers.client import Peer, PeerError, available
+from benchmarks.peers.client import Peer
 from benchmarks.peers.play import Ask, Played, play
-from benchmarks.serving_gate import Wear, wear_adapters
+from benchmarks.text_gate import Wear, wear_adapters
 from fssa_runtime.conditioning.merge import merged
 from fssa_runtime.conditioning.table import ModulationTable
 from fssa_runtime.conditioning.user_weights import UserWeights
@@ -135,43 +133,16 @@ class Ours:
         return self._people[number]
 
 
-def peer_side(name: str, peer: Peer, model: Path, concurrency: int) -> Side:
+def peer_side(peer: Peer, model: Path, concurrency: int) -> Side:
     """A peer with a started worker; ``model`` is the folder it was started on."""
 
     def wear(asked: Sequence[Ask]) -> Wear:
-        return wear_adapters(asked, model, peer.work)
+        return wear_adapters([ask.user for ask in asked], model, peer.work)
 
     return Side(
         lambda asked, _: peer.serve(asked, concurrency, step_tokens(concurrency)),
-        wear if name == "vllm_lora" else None,
+        wear if peer.adapters else None,
     )
-
-
-def start_peers(
-    options: argparse.Namespace, model: Path, stack: ExitStack, console: Console
-) -> tuple[dict[str, Peer], dict[str, str]]:
-    """The peers that can be run, started, and why the others are absent."""
-    peers: dict[str, Peer] = {}
-    absent: dict[str, str] = {}
-    for name in [PEERS[chosen] for chosen in options.peers]:
-        reason = available(name, folder=options.peers_folder, serving=True)
-        if reason is None:
-            console.print(f"starting {name}")
-            try:
-                peers[name] = stack.enter_context(
-                    Peer(
-                        name,
-                        model=model,
-                        folder=options.peers_folder,
-                        threads=torch.get_num_threads(),
-                        timeout=3600.0,
-                    )
-                )
-            except PeerError as error:
-                reason = str(error)
-        if reason is not None:
-            absent[name] = reason
-    return peers, absent
 
 
 def step_tokens(batch: int) -> int:

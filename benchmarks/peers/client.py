@@ -16,7 +16,7 @@ import select
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -33,13 +33,15 @@ SETUP = "benchmarks/peers/setup.sh"
 class Spec(NamedTuple):
     """How a peer is run: its environment, the module in it, and the mode's arguments.
 
-    ``no_serving``: why it cannot batch continuously, or None if it can.
+    ``no_serving``: why it cannot batch continuously, or None if it can. ``adapters``: whether it
+    gives every user an adapter of `lora`.
     """
 
     environment: str
     module: str
     arguments: tuple[str, ...] = ()
     no_serving: str | None = None
+    adapters: bool = False
 
 
 PEERS = {
@@ -47,13 +49,14 @@ PEERS = {
     "llama_cpp_f16": Spec("llama_cpp", "benchmarks.peers.serve_llama_cpp", ("--weights", "f16")),
     "vllm": Spec("vllm", "benchmarks.peers.serve_vllm"),
     "vllm_eager": Spec("vllm", "benchmarks.peers.serve_vllm", ("--eager",)),
-    "vllm_lora": Spec("vllm", "benchmarks.peers.serve_vllm", ("--lora",)),
+    "vllm_lora": Spec("vllm", "benchmarks.peers.serve_vllm", ("--lora",), adapters=True),
     "hf": Spec("hf", "benchmarks.peers.serve_hf"),
     "peft": Spec(
         "peft",
         "benchmarks.peers.serve_peft",
         no_serving="its adapters are one a row of a batch, and transformers' continuous batching "
         "packs all requests into one row; a batch that nobody can join is another thing",
+        adapters=True,
     ),
 }
 
@@ -80,9 +83,42 @@ def available(name: str, *, folder: Path = FOLDER, serving: bool = False) -> str
     return None
 
 
+def start(
+    names: Sequence[str],
+    stack: contextlib.ExitStack,
+    *,
+    model: Path,
+    folder: Path = FOLDER,
+    threads: int = 2,
+    timeout: float = 600.0,
+    serving: bool = False,
+    report: Callable[[str], None] = print,
+) -> tuple[dict[str, Peer], dict[str, str]]:
+    """The peers that can be run, started, and why the others are absent.
+
+    ``stack`` ends them. ``report`` is told who is being started. The rest is as for `Peer` and
+    `available`.
+    """
+    peers: dict[str, Peer] = {}
+    absent: dict[str, str] = {}
+    for name in names:
+        reason = available(name, folder=folder, serving=serving)
+        if reason is None:
+            report(f"starting {name}")
+            try:
+                peers[name] = stack.enter_context(
+                    Peer(name, model=model, folder=folder, threads=threads, timeout=timeout)
+                )
+            except PeerError as error:
+                reason = str(error)
+        if reason is not None:
+            absent[name] = reason
+    return peers, absent
+
+
 class Peer:
     """A running worker. ``name``, ``version`` and ``settings`` are what it said of itself, ``work``
-    is where its derived files lie.
+    is where its derived files lie, ``adapters`` is its spec's.
 
     model: folder with ``config.json`` and bf16 ``model.safetensors``.
     folder: where ``setup.sh`` made the environments.
@@ -119,6 +155,7 @@ class Peer:
         self._buffer = b""
         self._label = name
         self.work = work
+        self.adapters = spec.adapters
         self._log = work / f"{name}.log"
         command = [
             str(_python(folder / spec.environment).absolute()),

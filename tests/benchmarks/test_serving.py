@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -15,13 +16,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import readme_tables, serving, serving_gate, serving_sides
+from benchmarks import readme_tables, serving, serving_sides, text_gate
 from benchmarks.peers import client, lora
-from benchmarks.peers.client import PEERS, Spec
+from benchmarks.peers.client import PEERS, Spec, start
 from benchmarks.peers.play import Ask, Played, play
 from benchmarks.serving import Benchmark, Served, asks, parse
-from benchmarks.serving_gate import Gate
-from benchmarks.serving_sides import ALONE, SIDES, Side, start_peers
+from benchmarks.serving_sides import ALONE, SIDES, Side
+from benchmarks.text_gate import Gate
 from fssa_runtime.planning.trace import Arrival
 from tests.benchmarks.test_peers import MODULE, make_environment
 
@@ -121,13 +122,13 @@ def test_users_get_adapters_in_the_order_in_which_they_come(
 class Language(torch.nn.Module):
     """A model whose next token is certain to be the last one plus ``shift``."""
 
-    def __init__(self, shift: int = 1) -> None:
+    def __init__(self, shift: int = 1, scale: float = 8.0) -> None:
         super().__init__()
-        self.shift = shift
+        self.shift, self.scale = shift, scale
 
     def forward(self, tokens: torch.Tensor, use_cache: bool) -> Any:
         wanted = (tokens + self.shift) % 20
-        logits = 8.0 * torch.nn.functional.one_hot(wanted, 20).float()
+        logits = self.scale * torch.nn.functional.one_hot(wanted, 20).float()
         return type("Output", (), {"logits": logits})
 
 
@@ -138,28 +139,33 @@ def make_gate() -> Gate:
 
 
 def test_the_gate_passes_what_the_weights_would_write_and_nothing_else() -> None:
-    gate, asked = make_gate(), [ask(new=3)] * 9
-    right = Played(1.0, [[0.1] * 3] * 9, [[3, 4, 5]] * 9)
-    assert gate.judge(asked, right, None) == {"side": 0.0, "plain": 0.0}
-    wrong_once = right._replace(first_tokens=[[3, 4, 5]] * 8 + [[3, 9, 10]])
+    gate, prompts = make_gate(), [[1, 2]] * 9
+    assert gate.judge(prompts, [[3, 4, 5]] * 9, None) == {"side": 0.0, "plain": 0.0}
+    wrong_once = [[3, 4, 5]] * 8 + [[3, 9, 10]]
     with pytest.raises(RuntimeError, match="mean loss"):
-        gate.judge(asked, wrong_once, None)
+        gate.judge(prompts, wrong_once, None)
+
+
+def test_the_gate_does_not_pass_what_is_not_a_number() -> None:
+    gate = make_gate()
+    gate.exact = Language(scale=math.nan)
+    with pytest.raises(RuntimeError, match="mean loss"):
+        gate.judge([[1, 2]], [[3, 4, 5]], None)
 
 
 def test_the_gate_judges_each_request_under_its_own_weights() -> None:
     gate = make_gate()
-    asked = [ask(user=1, new=2), ask(user=2, new=2)]
-    played = Played(1.0, [[0.1] * 2] * 2, [[3, 4], [4, 6]])
+    prompts, answers = [[1, 2], [1, 2]], [[3, 4], [4, 6]]
 
     @contextlib.contextmanager
     def wear(model: Language, index: int) -> Any:
-        model.shift = asked[index].user
+        model.shift = (1, 2)[index]
         yield model
         model.shift = 1
 
-    assert gate.judge(asked, played, wear)["side"] == 0.0
+    assert gate.judge(prompts, answers, wear)["side"] == 0.0
     with pytest.raises(RuntimeError):
-        gate.judge(asked, played, None)
+        gate.judge(prompts, answers, None)
 
 
 def test_adapters_are_added_to_the_linears_and_taken_back(tmp_path: Path) -> None:
@@ -186,15 +192,15 @@ def test_adapters_are_added_to_the_linears_and_taken_back(tmp_path: Path) -> Non
     tensors = load_file(folder / "adapter_model.safetensors")
     prefix = "base_model.model.model.layers.0.mlp.down_proj"
     delta = tensors[f"{prefix}.lora_B.weight"].float() @ tensors[f"{prefix}.lora_A.weight"].float()
-    asked = [ask(user=9), ask(user=9), ask(user=4)]
+    users = [9, 9, 4]
     for index in range(4):
         lora.adapter(tmp_path, tmp_path / "work", index)
-    with serving_gate._adapted(model, folder):
+    with text_gate._adapted(model, folder):
         changed = layer.mlp.down_proj.weight - before["model.layers.0.mlp.down_proj.weight"]
         torch.testing.assert_close(changed, delta, atol=1e-6, rtol=1e-4)
         assert all(not value.equal(before[name]) for name, value in model.state_dict().items())
     assert all(value.equal(before[name]) for name, value in model.state_dict().items())
-    wear = serving_gate.wear_adapters(asked, tmp_path, tmp_path / "work")
+    wear = text_gate.wear_adapters(users, tmp_path, tmp_path / "work")
     worn = []
     for index in range(3):
         with wear(model, index):
@@ -206,7 +212,7 @@ def test_adapters_are_added_to_the_linears_and_taken_back(tmp_path: Path) -> Non
 class Free:
     """A gate that passes everything."""
 
-    def judge(self, asked: Sequence[Ask], played: Played, wear: Any) -> dict[str, float]:
+    def judge(self, prompts: Any, answers: Any, wear: Any) -> dict[str, float]:
         return {"side": 0.0, "plain": 0.0}
 
 
@@ -224,7 +230,8 @@ def make_benchmark(speeds: dict[str, float], arguments: Sequence[str] = ()) -> A
                 now = max(now, one.time)
                 times.append([now + (i + 1) / speeds[name] for i in range(one.new_tokens)])
                 now, total = times[-1][-1], total + one.new_tokens
-            return Played(now, times, [[1] * one.new_tokens for one in asked])
+            written = [[int(speeds[name])] * one.new_tokens for one in asked]
+            return Played(now, times, written)
 
         return Side(run)
 
@@ -273,7 +280,7 @@ def test_a_side_of_ours_that_fails_its_gate_ends_the_benchmark() -> None:
     bench, _ = make_benchmark(dict(SPEEDS) | {"vllm": 490.0})
 
     class Strict(Free):
-        def judge(self, asked: Sequence[Ask], played: Played, wear: Any) -> dict[str, float]:
+        def judge(self, prompts: Any, answers: Any, wear: Any) -> dict[str, float]:
             raise RuntimeError("mean loss")
 
     bench.gate = Strict()
@@ -285,10 +292,10 @@ def test_a_peer_that_fails_its_gate_is_absent() -> None:
     bench, _ = make_benchmark(dict(SPEEDS) | {"vllm": 490.0})
 
     class Picky(Free):
-        def judge(self, asked: Sequence[Ask], played: Played, wear: Any) -> dict[str, float]:
-            if played.times[0][0] == pytest.approx(1 / 490):
+        def judge(self, prompts: Any, answers: Any, wear: Any) -> dict[str, float]:
+            if answers[0][0] == 490:
                 raise RuntimeError("mean loss")
-            return super().judge(asked, played, wear)
+            return super().judge(prompts, answers, wear)
 
     bench.gate = Picky()
     result = bench.measure()
@@ -304,13 +311,20 @@ def test_peers_that_can_be_run_are_started_and_the_others_are_named(
     for name, mode in (("vllm", "good"), ("hf", "cannot-start")):
         spec = Spec("fake", MODULE, ("--mode", mode, *arguments))
         monkeypatch.setitem(PEERS, name, spec)
-    options = parse(["--peers", "vllm,hf,llama.cpp,peft", "--peers-folder", str(tmp_path)])
+    said: list[str] = []
     with contextlib.ExitStack() as stack:
-        console = Console(file=io.StringIO())
-        peers, absent = start_peers(options, tmp_path, stack, console)
+        peers, absent = start(
+            ["vllm", "hf", "llama_cpp", "peft"],
+            stack,
+            model=tmp_path,
+            folder=tmp_path,
+            serving=True,
+            report=said.append,
+        )
         assert list(peers) == ["vllm"]
+        assert said == ["starting vllm", "starting hf"]
         asked = [ask(0.0), ask(0.1)]
-        played = serving_sides.peer_side("vllm", peers["vllm"], tmp_path, 4).play(asked, True)
+        played = serving_sides.peer_side(peers["vllm"], tmp_path, 4).play(asked, True)
     assert [len(times) for times in played.times] == [3, 3]
     assert set(absent) == {"hf", "llama_cpp", "peft"}
     assert "no module named engine" in absent["hf"]

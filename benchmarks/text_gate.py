@@ -1,4 +1,4 @@
-"""The gate that speeds of serving stand behind: every side writes what its weights would write.
+"""The gate that speeds of whole models stand behind: a side writes what its weights would write.
 
 Greedy text of a random prompt soon differs between good engines, by ties that rounding breaks. So a
 token is held against the log-probabilities that float32 gives at its place, in the text it stands
@@ -17,13 +17,12 @@ from typing import Any
 import torch
 
 from benchmarks.peers import lora
-from benchmarks.peers.play import Ask, Played
 
 # Nats; far less than another user's weights or nobody's lose.
 SLACK = 0.03
-NUM_JUDGED = 4  # requests of a trace
+NUM_JUDGED = 4  # answers, from the first to the last
 
-# Puts the weights of request i into a reference model, and takes them back.
+# Puts the weights of answer i into a reference model, and takes them back.
 Wear = Callable[[Any, int], AbstractContextManager[Any]]
 
 
@@ -38,20 +37,25 @@ class Gate:
             for dtype in (torch.float32, torch.bfloat16)
         )
 
-    def judge(self, asked: Sequence[Ask], played: Played, wear: Wear | None) -> dict[str, float]:
-        """Mean loss in nats of the side's first tokens, and of plain PyTorch's in their places.
+    def judge(
+        self,
+        prompts: Sequence[Sequence[int]],
+        answers: Sequence[Sequence[int]],
+        wear: Wear | None,
+    ) -> dict[str, float]:
+        """Mean loss in nats of the side's tokens, and of plain PyTorch's in their places.
 
-        A few requests are judged, from the first to the last. ``wear`` is None for a side without
-        weights of users.
+        A few answers, or their beginnings, are judged, from the first to the last. ``wear`` is
+        None for a side without weights of users.
 
         Raises ``RuntimeError`` where the side loses too much.
         """
-        last = len(asked) - 1
+        last = len(answers) - 1
         judged = sorted({round(i * last / (NUM_JUDGED - 1)) for i in range(NUM_JUDGED)})
         own: list[torch.Tensor] = []
         plain: list[torch.Tensor] = []
         for index in judged:
-            prompt, answer = asked[index].prompt_tokens, played.first_tokens[index]
+            prompt, answer = prompts[index], answers[index]
             scores = []
             for model in (self.exact, self.plain):
                 with nullcontext() if wear is None else wear(model, index):
@@ -61,17 +65,17 @@ class Gate:
             own.append(best - exact.gather(1, torch.tensor(answer)[:, None])[:, 0])
             plain.append(best - exact.gather(1, rounded.argmax(-1, keepdim=True))[:, 0])
         losses = {"side": float(torch.cat(own).mean()), "plain": float(torch.cat(plain).mean())}
-        if losses["side"] > 2 * losses["plain"] + SLACK:
+        if not losses["side"] <= 2 * losses["plain"] + SLACK:  # NaN fails
             raise RuntimeError(f"mean loss of its tokens under float32, in nats: {losses}")
         return losses
 
 
-def wear_adapters(asked: Sequence[Ask], folder: Path, work: Path) -> Wear:
-    """Every request its user's adapter, as the peers number and write them.
+def wear_adapters(users: Sequence[int], folder: Path, work: Path) -> Wear:
+    """Every answer its user's adapter, as the peers number and write them.
 
-    folder: of the model. work: where the peer's worker keeps adapters.
+    users: one for each answer. folder: of the model. work: where the peer's worker keeps adapters.
     """
-    numbers = lora.numbers([ask.user for ask in asked])
+    numbers = lora.numbers(users)
     return lambda model, index: _adapted(model, lora.adapter(folder, work, numbers[index]))
 
 
