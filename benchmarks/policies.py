@@ -8,7 +8,8 @@ the prompt what costs no training. Between them stands NP-DPO, conditioned on n 
 and for prompts it never met, with the families of modulation at about equal numbers a user, and
 FiLM on every block, as in the paper. A run that is finished in the folder of runs, by the same
 recipe, is read and not repeated, one that was cut off goes on from its last checkpoint. What is not
-trained yet is left out of the comparison, which needs the floor and the ceilings.
+trained yet is taken from an earlier result if one is given (`--earlier`), and else left out of the
+comparison, which needs the floor and the ceilings.
 """
 
 from __future__ import annotations
@@ -100,6 +101,24 @@ def _with_train(config: PolicyConfig, settings: Mapping[str, Any]) -> PolicyConf
     return config.model_copy(update={"train": config.train.model_copy(update=settings)})
 
 
+def read_earlier(path: Path | None, seeds: Sequence[int]) -> dict[str, Any]:
+    """The runs by seed and the reward of a result file; nothing of either without one.
+
+    Raises:
+        InputError: no such file, or with other seeds.
+    """
+    if path is None:
+        return {"runs": [{} for _ in seeds], "reward": None}
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        of = list(map(int, found["seeds"].split(",")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"--earlier {path}: {type(error).__name__}: {error}") from error
+    if of != list(seeds):
+        raise InputError(f"--earlier {path}: expected seeds {list(seeds)}, it has {of}")
+    return found
+
+
 def closed(runs: Mapping[str, Mapping[str, Any]], name: str, n: str) -> dict[str, Any]:
     """Shares of the gap between the policy for everybody and the dedicated ones, by kind and in
     all: (accuracy of the policy − everybody's) / (dedicated − everybody's)."""
@@ -142,26 +161,43 @@ def main() -> int:
         action="append",
         help="train no other than this one, by name (several may be given)",
     )
+    parser.add_argument(
+        "--earlier",
+        type=Path,
+        metavar="FILE",
+        help="a result of this benchmark with the same seeds, for what the folder of runs lacks",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        help="of the base model (default: the recipe's; float32 is faster on a processor that "
+        "has no bf16 products)",
+    )
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--json", type=Path, help="where the result goes")
     options = parser.parse_args()
     recipe = load_config(RECIPES / "policy.yaml", PolicyConfig)
+    if options.dtype is not None:
+        recipe = recipe.model_copy(update={"dtype": options.dtype})
     every = variants(recipe)
     unknown = set(options.only or ()) - set(every)
     if unknown:
         parser.error(f"--only: expected some of {', '.join(every)}, got {', '.join(unknown)}")
     set_threads(options.threads)
+    seeds = list(map(int, options.seeds.split(",")))
     try:
+        earlier = read_earlier(options.earlier, seeds)
         make_choices(RECIPES, RUNS)
     except InputError as error:
         parser.error(str(error))
     reward_recipe = load_config(RECIPES / "reward.yaml", RewardConfig)
-    if finished(reward_recipe) is None:
+    conditioned = {name for name, config in every.items() if config.init_encoder is not None}
+    if finished(reward_recipe) is None and conditioned & set(options.only or every):
         train_reward_command(RECIPES / "reward.yaml", resume=False, overwrite=True)
     model = LanguageModel.load(recipe.model, dtype=recipe.dtype, show_progress=True)
     by_seed = []
     sizes: dict[str, int] = {}
-    for seed in map(int, options.seeds.split(",")):
+    for seed, known in zip(seeds, earlier["runs"], strict=True):
         runs: dict[str, Any] = {}
         for name, config in every.items():
             folder = RUNS / f"{name.replace(', ', '_').replace(' ', '_')}_seed{seed}"
@@ -170,8 +206,14 @@ def main() -> int:
                 print(f"{name}, seed {seed}", flush=True)
                 metrics = train(wanted, model)
             if metrics is not None:
-                runs[name] = metrics["heldout"] | {"train_seconds": metrics["train_seconds"]}
-                accuracies = {n: e["accuracy"] for n, e in metrics["heldout"]["contexts"].items()}
+                runs[name] = metrics["heldout"] | {
+                    "train_seconds": metrics["train_seconds"],
+                    "dtype": config.dtype,
+                }
+            elif name in known:
+                runs[name] = known[name]
+            if name in runs:
+                accuracies = {n: e["accuracy"] for n, e in runs[name]["contexts"].items()}
                 print(f"{name}, seed {seed}: {accuracies}", flush=True)
             if config.method == "np-dpo" and config.modulator is not None:
                 sizes[name] = RowLayout(config.modulator, model.decoder.config).generated_width
@@ -187,7 +229,7 @@ def main() -> int:
         "seeds": options.seeds,
         "not_trained_yet": missing,
         "numbers_a_user": sizes,
-        "reward": finished(reward_recipe),
+        "reward": finished(reward_recipe) or earlier["reward"],
         "summary": summary(by_seed),
         "runs": by_seed,
     }

@@ -59,6 +59,7 @@ def evaluate(
     collate: Callable[[list[Any]], Batch],
     batch_size: int = 256,
     device: torch.device | str = "cpu",
+    progress: Callable[[int], None] = lambda _more: None,
 ) -> dict[str, Any]:
     """Accuracy, negative log-likelihood and calibration of the targets for each context length.
 
@@ -69,7 +70,7 @@ def evaluate(
 
     score: batch → `Scores`, called without gradients. tasks_by_n: context length n → map-style
     data set of tasks with `user` and `mode`; collate: list of tasks → batch with "target_mask"
-    [U, m] or, for choices among several, [U, m, R].
+    [U, m] or, for choices among several, [U, m, R]. progress: told how many more tasks are done.
 
     Returns a dict ready for JSON: {"contexts": {str(n): entry}}; an entry has `accuracy`, `nll`
     (nats) and their standard errors `accuracy_se`, `nll_se`, `calibration_error`, `num_users`,
@@ -80,7 +81,7 @@ def evaluate(
     """
     return {
         "contexts": {
-            str(n): _evaluate_one(score, tasks, collate, batch_size, torch.device(device))
+            str(n): _evaluate_one(score, tasks, collate, batch_size, torch.device(device), progress)
             for n, tasks in sorted(tasks_by_n.items())
         }
     }
@@ -92,6 +93,7 @@ def _evaluate_one(
     collate: Callable[[list[Any]], Batch],
     batch_size: int,
     device: torch.device,
+    progress: Callable[[int], None],
 ) -> dict[str, Any]:
     if not len(dataset):  # type: ignore[arg-type]
         raise ValueError("tasks_by_n: expected at least one task for each n, got none")
@@ -114,6 +116,7 @@ def _evaluate_one(
         modes.extend(task.mode for task in tasks)
         if scores.latents is not None:
             latents.append(scores.latents.float().cpu())
+        progress(len(tasks))
     totals = torch.cat(sums)
     num_targets = int(totals[:, 2].sum())
     if not num_targets:

@@ -37,6 +37,7 @@ from .evaluation import Batch, Scores, evaluate
 from .losses import dpo_loss, implicit_reward
 from .policy_options import Options, answer_logprobs, prepare_options
 from .policy_recipe import ONLY_DETERMINISTIC, PolicyConfig
+from .progress import counted
 from .prompted import prompted_scores
 from .reward_model import load_reward
 from .tasks import EVALUATION, TaskDataset, TooFewChoicesError, collate_rows
@@ -297,7 +298,10 @@ def _evaluate(
             continue  # nobody has so many: said by its absence, not invented
     if not tasks:
         raise InputError(f"evaluation.contexts: nobody made {min(settings.contexts)} choices")
-    return evaluate(score, tasks, collate=collate_rows, batch_size=settings.batch_size)
+    with counted("measuring on new people", sum(map(len, tasks.values()))) as count:
+        return evaluate(
+            score, tasks, collate=collate_rows, batch_size=settings.batch_size, progress=count
+        )
 
 
 def _write_metrics(

@@ -51,14 +51,30 @@ class Options:
 
 
 def answer_logprobs(
-    decoder: Decoder, packed: PackedOptions, modulation: Modulation | None = None
+    decoder: Decoder,
+    packed: PackedOptions,
+    modulation: Modulation | None = None,
+    *,
+    starts: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """log p of each option's answer given its prompt, ``[m]`` float32 nats; differentiable."""
-    return _answer_logprobs(decoder, packed, packed.hidden(decoder, modulation))
+    """log p of each option's answer given its prompt, ``[m]`` float32 nats; differentiable.
+
+    ``starts [m]``: the position from which on an option's tokens count; what is packed as its
+    answer may begin with the end of its prompt.
+    """
+    return _answer_logprobs(decoder, packed, packed.hidden(decoder, modulation), starts)
 
 
-def _answer_logprobs(decoder: Decoder, packed: PackedOptions, hidden: torch.Tensor) -> torch.Tensor:
+def _answer_logprobs(
+    decoder: Decoder,
+    packed: PackedOptions,
+    hidden: torch.Tensor,
+    starts: torch.Tensor | None = None,
+) -> torch.Tensor:
     index, before, owner = packed.answer_index()
+    if starts is not None:
+        counts = packed.positions[index] >= starts[owner]
+        index, before, owner = index[counts], before[counts], owner[counts]
     values = token_logprob(hidden[before], packed.tokens[index], decoder.logits)
     return values.new_zeros(len(packed.answer_lengths)).index_add(0, owner, values)
 

@@ -8,6 +8,7 @@ under the base model, which is how anybody would try it first. Without choices r
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from .policy_options import MAX_BATCH_TOKENS, answer_logprobs
 
 # A prompt and two answers to it.
 Pair = tuple[Any, Content, Content]
+# Tokens that all begin with, and how each goes on.
+Text = tuple[list[int], list[list[int]]]
 
 
 def prompt_with_choices(choices: Sequence[Preference], prompt: Content) -> list[dict[str, str]]:
@@ -49,19 +52,23 @@ def prompted_scores(
     plain: dict[str, float] = {}
 
     def score(batch: Batch) -> Scores:
-        mask = batch["target_mask"].cpu()
+        # Who has chosen nothing has no say: r is 0.
+        mask = (batch["target_mask"] & batch["context_mask"].any(1, keepdim=True)).cpu()
         margins = torch.zeros(mask.shape, dtype=torch.float32)
-        asked: list[Pair] = []
+        asked: list[list[Pair]] = []
         unprompted: list[Pair] = []
-        for user, place in mask.nonzero().tolist():
+        for user in mask.any(1).nonzero()[:, 0].tolist():
             context = batch["context_rows"][user][batch["context_mask"][user]].tolist()
-            target = choices[int(batch["target_rows"][user, place])]
-            prompt = prompt_with_choices([choices[row] for row in context], target.prompt)
-            asked.append((prompt, target.chosen, target.rejected))
-            unprompted.append((target.prompt, target.chosen, target.rejected))
+            shown = [choices[row] for row in context]
+            asked.append([])
+            for row in batch["target_rows"].cpu()[user, mask[user]].tolist():
+                target = choices[row]
+                prompt = prompt_with_choices(shown, target.prompt)
+                asked[-1].append((prompt, target.chosen, target.rejected))
+                unprompted.append((target.prompt, target.chosen, target.rejected))
         # Chat messages cannot be keys.
         new = {repr(pair): pair for pair in unprompted if repr(pair) not in plain}
-        plain.update(zip(new, _margins(model, list(new.values())).tolist(), strict=True))
+        plain.update(zip(new, _margins(model, [[p] for p in new.values()]).tolist(), strict=True))
         reference = torch.tensor([plain[repr(pair)] for pair in unprompted])
         margins[mask] = implicit_reward(_margins(model, asked), reference, beta=beta)
         return Scores.of_margins(margins)
@@ -70,19 +77,37 @@ def prompted_scores(
 
 
 @torch.no_grad()
-def _margins(model: LanguageModel, pairs: Sequence[Pair]) -> torch.Tensor:
-    """log p of the first answer − log p of the second, given their prompt ``[m]``, nats."""
-    texts = []
-    for prompt, *answers in pairs:
-        tokens = [model.option_tokens(prompt, answer) for answer in answers]
-        texts.append((tokens[0][0], [answer for _, answer in tokens]))
-    result = torch.empty(len(texts))
-    lengths = [len(prompt) + sum(map(len, answers)) for prompt, answers in texts]
+def _margins(model: LanguageModel, groups: Sequence[Sequence[Pair]]) -> torch.Tensor:
+    """log p of the first answer − log p of the second, given their prompt ``[m]``, nats.
+
+    The prompts of a group begin alike, with the same choices: that is read once.
+    """
+    texts: list[Text] = []
+    starts: list[list[int]] = []
+    for group in groups:
+        options = [
+            model.option_tokens(prompt, answer) for prompt, *answers in group for answer in answers
+        ]
+        shared = _shared_start([prompt for prompt, _ in options])
+        common = options[0][0][:shared]
+        texts.append((common, [prompt[shared:] + answer for prompt, answer in options]))
+        starts.append([len(prompt) for prompt, _ in options])
+    margins = []
+    lengths = [len(common) + sum(map(len, rest)) for common, rest in texts]
     for batch in batches_by_tokens(lengths, MAX_BATCH_TOKENS):
         packed = PackedOptions.pack_texts([texts[i] for i in batch], model.decoder.device)
-        first, second = answer_logprobs(model.decoder, packed).view(-1, 2).unbind(1)
-        result[batch] = (first - second).cpu()
-    return result
+        begin = torch.tensor([start for i in batch for start in starts[i]])
+        values = answer_logprobs(model.decoder, packed, starts=begin.to(packed.positions.device))
+        margins.append(values.view(-1, 2).diff(dim=1)[:, 0].neg().cpu())
+    return torch.cat([torch.empty(0), *margins])
+
+
+def _shared_start(prompts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all begin with, of a template that has at least one before what is said."""
+    alike = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False))
+    shared = sum(1 for _ in alike)
+    assert shared, "prompts of one chat template begin alike"
+    return shared
 
 
 def _text(content: Content) -> str:

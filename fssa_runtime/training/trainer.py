@@ -380,8 +380,8 @@ def _prepare_output_dir(
     elif existing:
         raise ValueError(
             f"output_dir: expected a folder without checkpoints, got {folder} with "
-            f"{existing[-1].name}; set resume: true to continue that run, overwrite: true to "
-            "delete its checkpoints, or choose another folder"
+            f"{existing[-1].name}; set resume: true (--resume) to continue that run, overwrite: "
+            "true (--overwrite) to delete its checkpoints, or choose another folder"
         )
     folder.mkdir(parents=True, exist_ok=True)
     record.write_text(json.dumps(decisive, indent=2) + "\n")

@@ -16,10 +16,12 @@ from benchmarks.policies import (
     RECIPES,
     closed,
     planned,
+    read_earlier,
     summary,
     variants,
 )
 from fssa_runtime.conditioning.layout import RowLayout
+from fssa_runtime.errors import InputError
 from fssa_runtime.integrations.modules import ModelShape
 from fssa_runtime.training.policy_recipe import PolicyConfig
 from fssa_runtime.training.trainer import load_config
@@ -116,3 +118,19 @@ def test_conditioned_policies_see_every_kind_as_often_as_its_own_policy_does() -
     dedicated = {every[f"DPO, {kind}"].train.steps for kind in KINDS}
     assert {every[name].train.steps for name in FAMILIES} == {len(KINDS) * dedicated.pop()}
     assert not dedicated
+
+
+def test_an_earlier_result_stands_in_for_what_the_folder_of_runs_lacks(tmp_path: Path) -> None:
+    assert read_earlier(None, [0, 1]) == {"runs": [{}, {}], "reward": None}
+    file = tmp_path / "policies.json"
+    result = {"seeds": "0,1", "runs": [{"a": 1}, {"a": 2}], "reward": {"b": 3}}
+    file.write_text(json.dumps(result))
+    assert read_earlier(file, [0, 1]) == result
+    with pytest.raises(InputError, match=r"expected seeds \[0\], it has \[0, 1\]"):
+        read_earlier(file, [0])
+    for content in ("{}", "[]", "not JSON"):
+        file.write_text(content)
+        with pytest.raises(InputError, match="--earlier"):
+            read_earlier(file, [0])
+    with pytest.raises(InputError, match="no_such_file"):
+        read_earlier(tmp_path / "no_such_file", [0])
