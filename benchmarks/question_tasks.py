@@ -138,7 +138,7 @@ def pairs_by_prompt(recipe: RewardConfig) -> dict[str, Pairs]:
     scale, kinds = pure_kinds((RECIPES / TEXT).parent)
     assert recipe.data.kind == "preferences"
     assert recipe.options is not None
-    data = read_preferences(recipe.data.files)
+    data = read_preferences(recipe.data.files, pairs_only=True)
     split = split_preferences(
         data,
         heldout_users=recipe.data.heldout_users,

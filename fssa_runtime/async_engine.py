@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 
 from .answer_stream import AnswerStream, Ticket
-from .conditioning.checkpoint import Choice
+from .conditioning.choices import ChoiceLike
 from .conditioning.embedding import Steps
 from .conditioning.questions import Candidate, Suggestion
 from .errors import EngineError, InputError, OverloadedError
@@ -168,7 +168,7 @@ class AsyncEngine:
             self.drop(ticket)
         return bool(found)
 
-    async def infer(self, name: str, choices: Sequence[Choice | tuple[str, str, str]]) -> User:
+    async def infer(self, name: str, choices: Sequence[ChoiceLike]) -> User:
         """As `Users.infer`. Requests in flight keep the weights they have.
 
         What changes users is done in the order in which it was asked for, a piece between two
@@ -177,9 +177,7 @@ class AsyncEngine:
         users, most = self.llm.users, self.llm.engine.scheduler.max_tokens
         return await self._work(lambda: users.infer_steps(name, choices, most))
 
-    async def add_choices(
-        self, name: str, choices: Sequence[Choice | tuple[str, str, str]]
-    ) -> User:
+    async def add_choices(self, name: str, choices: Sequence[ChoiceLike]) -> User:
         """As `Users.add_choices`; see `infer`."""
         users, most = self.llm.users, self.llm.engine.scheduler.max_tokens
         return await self._work(lambda: users.add_steps(name, choices, most))

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from rich.progress import Progress
 
-from .conditioning.checkpoint import Choice, Conditioning, load_conditioning
+from .conditioning.checkpoint import Conditioning, load_conditioning
+from .conditioning.choices import Choice
 from .conditioning.shipped import shipped_conditioning
 from .conditioning.table import ModulationTable
 from .conditioning.user_weights import UserWeights

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..models.language_model import LanguageModel
-from .checkpoint import Choice, Conditioning
+from .checkpoint import Conditioning
+from .choices import Choice, arranged, options_of
 from .embedding import MAX_BATCH_TOKENS, Steps, embedding_steps, result_of
 from .encoder import ContextSummary, Latent, PreferenceEncoder
 
@@ -94,9 +95,9 @@ def learning_steps(
     """As `learn_choices`, ``max_tokens`` tokens of the options at a time."""
     if not choices:  # whatever the embeddings are of
         return belief
-    options = [(c.prompt, c.chosen) for c in choices] + [(c.prompt, c.rejected) for c in choices]
+    options = options_of(choices)
     embedded = yield from embedding_steps(model, conditioning.embedding, options, max_tokens)
-    return update_belief(conditioning.encoder, belief, *embedded.split(len(choices)))
+    return update_belief(conditioning.encoder, belief, *arranged(choices, embedded))
 
 
 def _extended(

@@ -14,7 +14,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -24,7 +24,8 @@ from safetensors.torch import load, save
 from ..errors import InputError
 from ..files import write_atomically
 from ..models.decoder import Decoder
-from ..models.language_model import Content, LanguageModel
+from ..models.language_model import LanguageModel
+from .choices import Choice, arranged, options_of
 from .embedding import EmbeddingConfig, embed_options
 from .encoder import EncoderConfig, PreferenceEncoder
 from .layout import BaseShape, ModulatorConfig
@@ -35,14 +36,6 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PEFT_TYPE = "FSSA"
 FORMAT_VERSION = 1
-
-
-class Choice(NamedTuple):
-    """A user preferred ``chosen`` to ``rejected`` as the answer to ``prompt``."""
-
-    prompt: Content
-    chosen: Content
-    rejected: Content
 
 
 @dataclass
@@ -73,32 +66,36 @@ class Conditioning:
         if not choices:  # the prior, whatever the embeddings are of
             nothing = torch.empty(0, self.encoder.config.option_dim)
             return self.infer_embedded(nothing, nothing)
-        options = [(c.prompt, c.chosen) for c in choices] + [
-            (c.prompt, c.rejected) for c in choices
-        ]
-        chosen, rejected = embed_options(model, self.embedding, options).split(len(choices))
-        return self.infer_embedded(chosen, rejected)
+        embedded = embed_options(model, self.embedding, options_of(choices))
+        return self.infer_embedded(*arranged(choices, embedded))
 
     @torch.no_grad()
-    def infer_embedded(self, chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
-        """The latent ``z [Z]`` of n choices given as vectors: ``chosen``, ``rejected [n, E]``.
+    def infer_embedded(
+        self, chosen: torch.Tensor, rejected: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The latent ``z [Z]`` of n choices given as vectors: ``chosen [n, E]``, and ``rejected``
+        ``[n, E]``, or ``[n, R, E]`` with the mask ``[n, R]`` bool of real options (all, if None).
 
         For an encoder that reads embeddings of another model than the base (`EmbeddingConfig`).
 
         Raises:
             InputError: a wrong shape, NaN or infinity.
         """
-        expected = self.encoder.config.option_dim
-        for name, options in (("chosen", chosen), ("rejected", rejected)):
-            if options.ndim != 2 or options.shape != (len(chosen), expected):
-                raise InputError(
-                    f"{name}: expected [{len(chosen)}, {expected}], got {list(options.shape)}"
-                )
+        expected = [len(chosen), self.encoder.config.option_dim]
+        if list(chosen.shape) != expected:
+            raise InputError(f"chosen: expected {expected}, got {list(chosen.shape)}")
+        if rejected.ndim not in (2, 3) or [*rejected.shape[:1], *rejected.shape[-1:]] != expected:
+            raise InputError(f"rejected: expected {expected}, got {list(rejected.shape)}")
+        if mask is None:
+            mask = torch.ones(rejected.shape[:-1], dtype=torch.bool)
+        if mask.shape != rejected.shape[:-1]:
+            raise InputError(f"mask: expected {list(rejected.shape[:-1])}, got {list(mask.shape)}")
+        for name, options in (("chosen", chosen), ("rejected", rejected[mask])):
             if not torch.isfinite(options).all():
                 raise InputError(f"{name}: expected finite numbers, got NaN or infinity")
         chosen, rejected = (options.to(self.encoder.prior) for options in (chosen, rejected))
-        mask = torch.ones(1, len(chosen), dtype=torch.bool, device=chosen.device)
-        return self.encoder(chosen[None], rejected[None], mask).mean[0]
+        mask = mask.to(chosen.device)
+        return self.encoder(chosen[None], rejected[None], mask[None]).mean[0]
 
     @torch.no_grad()
     def row(self, z: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ criterion: Houlsby, Huszár, Ghahramani, Lengyel, arXiv 1112.5745.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..models.language_model import Content
-from .checkpoint import Choice
+from .choices import Choice, arranged, is_chat, options_of
 from .encoder import Latent, antithetic_noise
 
 # Latents drawn from the posterior. The same for every question and user, so that two questions are
@@ -114,14 +114,14 @@ def suggest_next_pair(
             that are not finite, a deterministic encoder.
     """
     embedded = embed(options_to_read(choices, candidates))
-    return suggestion_of(model, embedded, len(choices), num_samples=num_samples)
+    return suggestion_of(model, embedded, choices, num_samples=num_samples)
 
 
 def options_to_read(
     choices: Sequence[Choice], candidates: Sequence[Candidate]
 ) -> list[tuple[Content, Content]]:
     """The options that a suggestion is made from, in the order in which `suggestion_of` takes their
-    embeddings: chosen and rejected of the n choices, then both sides of the m candidates.
+    embeddings: those of the choices as in `options_of`, then both sides of the m candidates.
 
     Raises:
         InputError: no candidates, or one that is not a prompt with two different answers.
@@ -136,8 +136,7 @@ def options_to_read(
     for number, candidate in enumerate(candidates):
         _check_candidate(number, candidate)
     return [
-        *((c.prompt, c.chosen) for c in choices),
-        *((c.prompt, c.rejected) for c in choices),
+        *options_of(choices),
         *((prompt, one) for prompt, one, _ in candidates),
         *((prompt, other) for prompt, _, other in candidates),
     ]
@@ -145,9 +144,13 @@ def options_to_read(
 
 @torch.no_grad()
 def suggestion_of(
-    model: QuestionModel, embedded: Tensor, num_choices: int, *, num_samples: int = NUM_SAMPLES
+    model: QuestionModel,
+    embedded: Tensor,
+    choices: Sequence[Choice],
+    *,
+    num_samples: int = NUM_SAMPLES,
 ) -> Suggestion:
-    """The suggestion from the embeddings [2n + 2m, E] of `options_to_read`.
+    """The suggestion from the embeddings of `options_to_read`.
 
     Raises:
         InputError: embeddings that are not finite, a deterministic encoder.
@@ -155,11 +158,10 @@ def suggestion_of(
     embedded = embedded.float()
     if not torch.isfinite(embedded).all():
         raise InputError("embed: expected finite embeddings, got NaN or infinity")
-    num_candidates = len(embedded) // 2 - num_choices
-    chosen, rejected, one, other = embedded.split([num_choices] * 2 + [num_candidates] * 2)
-    latent = model.encode(
-        chosen[None], rejected[None], torch.ones(1, num_choices, dtype=torch.bool)
-    )
+    num_read = len(options_of(choices))
+    num_candidates = (len(embedded) - num_read) // 2
+    known, one, other = embedded.split([num_read, num_candidates, num_candidates])
+    latent = model.encode(*(part[None] for part in arranged(choices, known)))
     if latent is None:
         raise InputError("questions: expected a model with an encoder, got one without")
     information = torch.cat(
@@ -181,25 +183,12 @@ def _check_candidate(number: int, candidate: object) -> None:
             f"got {candidate!r}"
         )
     for name, text in zip(("prompt", "one answer", "another answer"), candidate, strict=True):
-        if not isinstance(text, str) and not _is_chat(text):
+        if not isinstance(text, str) and not is_chat(text):
             raise InputError(
                 f"candidates: pair {number}: {name}: expected text or chat messages, got {text!r}"
             )
     if candidate[1] == candidate[2]:
         raise InputError(f"candidates: pair {number}: both answers are the same")
-
-
-def _is_chat(messages: object) -> bool:
-    return (
-        isinstance(messages, Sequence)
-        and len(messages) > 0
-        and all(
-            {"role", "content"} <= turn.keys()
-            if isinstance(turn, Mapping)
-            else isinstance(turn, tuple) and len(turn) == 2
-            for turn in messages
-        )
-    )
 
 
 def _entropy(log_probs: Tensor) -> Tensor:

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..conditioning.checkpoint import Choice, Conditioning, read_conditioning
+from ..conditioning.checkpoint import Conditioning, read_conditioning
+from ..conditioning.choices import Choice
 from ..conditioning.layout import LinearName, Site
 from ..conditioning.modulator import Modulator
 from ..errors import InputError

@@ -143,7 +143,7 @@ def iter_preferences(path: str | Path) -> Iterator[Preference]:
 
 
 def read_preferences(
-    paths: str | Path | Sequence[str | Path], *, pairs_only: bool = True
+    paths: str | Path | Sequence[str | Path], *, pairs_only: bool = False
 ) -> PreferenceData:
     """All preferences of one or several files; errors as for `iter_preferences`.
 

@@ -42,6 +42,14 @@ class Scores(NamedTuple):
         return cls(torch.stack([F.logsigmoid(wide), F.logsigmoid(-wide)], dim=-1), latents)
 
 
+def spread(log_probs: Tensor, mask: Tensor) -> Tensor:
+    """Log-probabilities [M, K] of the real targets of a mask [U, m], in order, as [U, m, K]; 0
+    elsewhere."""
+    every = log_probs.new_zeros(*mask.shape, log_probs.shape[-1])
+    every[mask.to(log_probs.device)] = log_probs
+    return every
+
+
 def active_latent_units(latents: Tensor, threshold: float = ACTIVE_UNIT_VARIANCE) -> int:
     """Number of latent units whose variance over the users, [U, Z] → Z, exceeds `threshold`.
 

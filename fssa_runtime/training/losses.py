@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -119,49 +118,12 @@ def kl_diagonal_gaussians(
 
 
 def implicit_reward(policy_logprob: Tensor, reference_logprob: Tensor, *, beta: float) -> Tensor:
-    """r(y) = beta · ( log π(ỹ | x, z) - log π_ref(ỹ | x) ), float32, shape of the inputs."""
+    """r(y) = beta · ( log π(ỹ | x, z) - log π_ref(ỹ | x) ), float32, shape of the inputs.
+
+    Log-probabilities are of whole answers. With `luce_log_probs` this makes the loss of (NP-)DPO.
+    """
     _check_same_shape(policy_logprob, ("reference_logprob", reference_logprob))
     return beta * (policy_logprob.float() - reference_logprob.float())
-
-
-def dpo_loss(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
-    reference_chosen: Tensor,
-    reference_rejected: Tensor,
-    *,
-    beta: float,
-    mask: Tensor | None = None,
-) -> Tensor:
-    """Direct preference optimisation on log-probabilities of whole responses.
-
-        r(y) = beta · ( log π(ỹ | x, z) - log π_ref(ỹ | x) )
-        loss = mean_j -log sigmoid( r(chosen_j) - r(rejected_j) )
-
-    The four log-probabilities are sums over response tokens (`sequence_logprob`), of one shape;
-    mask: the same shape, bool, True where there is a choice. Returns a float32 scalar.
-    ValueError when the shapes differ or beta <= 0. METHOD.md section 3 (NP-DPO).
-    """
-    if beta <= 0:
-        raise ValueError(f"beta: expected a positive number, got {beta}")
-    _check_same_shape(
-        policy_chosen,
-        ("policy_rejected", policy_rejected),
-        ("reference_chosen", reference_chosen),
-        ("reference_rejected", reference_rejected),
-        ("mask", mask),
-    )
-    margin = implicit_reward(policy_chosen, reference_chosen, beta=beta) - implicit_reward(
-        policy_rejected, reference_rejected, beta=beta
-    )
-    return _mean_nll(margin, mask)
-
-
-def _mean_nll(margin: Tensor, mask: Tensor | None) -> Tensor:
-    if mask is None:
-        mask = torch.ones_like(margin, dtype=torch.bool)
-    nll = -F.logsigmoid(margin.masked_fill(~mask, 0.0))
-    return nll.masked_fill(~mask, 0.0).sum() / mask.sum().clamp(min=1)
 
 
 def _check_samples(log_prob_chosen: Tensor, mask: Tensor) -> None:

@@ -2,26 +2,30 @@
 
     z = encoder(context choices)            row = modulator(z)
     r(y) = β ( log π(ỹ | x, z) − log π_ref(ỹ | x) )
-    loss = − mean log σ( r(chosen) − r(rejected) )      over targets not among the context
+    loss = − mean log p(chosen)                         over targets not among the context
            + λ · mean( −log π(chosen | x, z) / tokens of chosen )
            − μ · mean log σ( r(chosen) − r(loop) )
 
-Differences alone are also won by text that is no longer good, such as a list that goes "1. 1. 1.".
-The second term (λ = ``nll_weight``) holds the policy to text somebody chose; in the third (μ =
-``loop_weight``) every user prefers a chosen answer to the same going round in circles. The base is
-frozen; log π_ref and the options' embeddings are computed once and kept beside the run. Sources:
-arXiv 2412.13998, NP-DPO; arXiv 2404.19733 for the second term; the third is this project's.
+p is Luce's rule over the options of a choice, exp r(y) / Σ exp r(y'); between two it is
+σ( r(chosen) − r(rejected) ), and the first term DPO's loss. Differences alone are also won by text
+that is no longer good, such as a list that goes "1. 1. 1.". The second term (λ = ``nll_weight``)
+holds the policy to text somebody chose; in the third (μ = ``loop_weight``) every user prefers a
+chosen answer to the same going round in circles. The base is frozen; log π_ref and the options'
+embeddings are computed once and kept beside the run. Sources: arXiv 2412.13998, NP-DPO; arXiv
+2404.19733 for the second term; the third is this project's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ..conditioning.checkpoint import Conditioning
@@ -33,8 +37,8 @@ from ..models.decoder import Decoder
 from ..models.language_model import LanguageModel
 from ..models.packed import PackedOptions
 from .data import PreferenceData, Split, read_preferences, rows_of_mode, split_preferences
-from .evaluation import Batch, Scores, evaluate
-from .losses import dpo_loss, implicit_reward
+from .evaluation import Batch, Scores, evaluate, spread
+from .losses import implicit_reward, luce_log_probs
 from .policy_options import Options, answer_logprobs, prepare_options
 from .policy_recipe import ONLY_DETERMINISTIC, PolicyConfig
 from .progress import counted
@@ -82,21 +86,18 @@ class PolicyObjective(nn.Module):
         target_mask: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
         """Rows ``[U, n]`` and ``[U, m]`` as `tasks.collate_rows` makes them."""
-        kinds = 3 if self.loop_weight else 2
-        policy, reference = self._logprobs(
-            context_rows, context_mask, target_rows, target_mask, with_loops=kinds == 3
+        found = self._logprobs(
+            context_rows, context_mask, target_rows, target_mask, with_loops=self.loop_weight > 0
         )
-        chosen, rejected, *loops = policy.chunk(kinds)
-        reference_chosen, reference_rejected, *reference_loops = reference.chunk(kinds)
-        loss = dpo_loss(chosen, rejected, reference_chosen, reference_rejected, beta=self.beta)
-        nll = -(chosen / self._chosen_lengths(target_rows, target_mask)).mean()
+        rewards = implicit_reward(found.policy, found.reference, beta=self.beta)
+        chosen, rejected = rewards[:, 0], rewards[:, 1 : 1 + found.real.shape[1]]
+        loss = -luce_log_probs(chosen, rejected, found.real)[:, 0].mean()
+        nll = -(found.policy[:, 0] / self._chosen_lengths(target_rows, target_mask)).mean()
         loss = loss + self.nll_weight * nll
-        for loop, reference_loop in zip(loops, reference_loops, strict=True):
-            term = dpo_loss(chosen, loop, reference_chosen, reference_loop, beta=self.beta)
-            loss = loss + self.loop_weight * term
+        if self.loop_weight:
+            loss = loss - self.loop_weight * F.logsigmoid(chosen - rewards[:, -1]).mean()
         with torch.no_grad():
-            margin = implicit_reward(chosen, reference_chosen, beta=self.beta)
-            margin = margin - implicit_reward(rejected, reference_rejected, beta=self.beta)
+            margin = chosen - rejected.masked_fill(~found.real, -torch.inf).amax(1)
             accuracy = (margin > 0).float().mean()
         return {
             "loss": loss,
@@ -112,27 +113,26 @@ class PolicyObjective(nn.Module):
         lengths = [len(options.tokens[i][1]) for i in chosen.tolist()]
         return torch.tensor(lengths, device=decoder.device)
 
-    def logprobs(
+    def choice_log_probs(
         self,
         context_rows: torch.Tensor,
         context_mask: torch.Tensor,
         target_rows: torch.Tensor,
         target_mask: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """log π and log π_ref of every real target: ``[2 M]``, chosen first, then rejected."""
-        return self._logprobs(
+    ) -> torch.Tensor:
+        """log p of every option of the M real targets by the implicit reward: ``[M, 1 + R]``, the
+        chosen one first and -inf where there is no option."""
+        found = self._logprobs(
             context_rows, context_mask, target_rows, target_mask, with_loops=False
         )
+        rewards = implicit_reward(found.policy, found.reference, beta=self.beta)
+        return luce_log_probs(rewards[:, 0], rewards[:, 1:], found.real)
 
     def latent(self, context_rows: torch.Tensor, context_mask: torch.Tensor) -> Latent:
         """What the encoder makes of each user's context."""
         decoder, options = self._base
-        context = context_rows.cpu()
-        return self.encoder(
-            options.embeddings[options.chosen[context]].to(decoder.device),
-            options.embeddings[options.rejected[context]].to(decoder.device),
-            context_mask.to(decoder.device),
-        )
+        parts = options.embedded_choices(context_rows.cpu(), context_mask.cpu())
+        return self.encoder(*(part.to(decoder.device) for part in parts))
 
     def _logprobs(
         self,
@@ -142,8 +142,7 @@ class PolicyObjective(nn.Module):
         target_mask: torch.Tensor,
         *,
         with_loops: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`logprobs`; with loops ``[3 M]``, the loop of each chosen answer last."""
+    ) -> _LogProbs:
         decoder, options = self._base
         device = decoder.device
         latent = self.latent(context_rows, context_mask)
@@ -151,22 +150,35 @@ class PolicyObjective(nn.Module):
         mask = target_mask.cpu()
         rows = target_rows.cpu()[mask]
         users = mask.nonzero()[:, 0]
-        chosen, rejected = options.chosen[rows], options.rejected[rows]
-        references = [options.reference[chosen], options.reference[rejected]]
+        chosen, rejected, real = options.chosen[rows], options.rejected[rows], options.real[rows]
         texts = []
-        for one, other in zip(chosen.tolist(), rejected.tolist(), strict=True):
+        for one, others, there in zip(chosen.tolist(), rejected.tolist(), real, strict=True):
             prompt, answer = options.tokens[one]
-            texts.append((prompt, [answer, options.tokens[other][1]]))
+            texts.append((prompt, [answer]))
+            texts[-1][1].extend(options.tokens[other][1] for other in compress(others, there))
             if with_loops:
                 texts[-1][1].append(options.loops[one][1])
-        if with_loops:
-            references.append(options.loop_reference[chosen])
         packed = PackedOptions.pack_texts(texts, device)
         slots = packed.per_token(users.to(device)).to(torch.int32)
         modulation = self.modulator.bind(generated, slots)
-        policy = answer_logprobs(decoder, packed, modulation)
-        by_kind = policy.view(len(rows), -1).t().flatten()
-        return by_kind, torch.cat(references).to(device)
+        values = answer_logprobs(decoder, packed, modulation)
+        one = torch.ones(len(rows), 1, dtype=torch.bool)
+        there = torch.cat([one, real, one] if with_loops else [one, real], 1).to(device)
+        policy = values.new_zeros(there.shape).masked_scatter(there, values)
+        reference = [options.reference[chosen][:, None], options.reference[rejected]]
+        if with_loops:
+            reference.append(options.loop_reference[chosen][:, None])
+        return _LogProbs(policy, torch.cat(reference, 1).to(device), real.to(device))
+
+
+class _LogProbs(NamedTuple):
+    """log π and log π_ref ``[M, 1 + R]`` of the options of M targets: of the chosen, of those
+    rejected that are ``real [M, R]`` (numbers without meaning elsewhere), and, if asked for, in
+    one more column of the chosen one's loop."""
+
+    policy: torch.Tensor
+    reference: torch.Tensor
+    real: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -259,18 +271,14 @@ def evaluate_policy(
     """How well the implicit reward predicts held-out choices (new users, new prompts).
 
     As `evaluation.evaluate` gives it, for each number of context choices that some held-out user
-    has; a choice's probability is that of the difference of implicit rewards.
+    has.
     """
     objective.eval()
 
     def score(batch: Batch) -> Scores:
-        policy, reference = objective.logprobs(**batch)
-        chosen, rejected = implicit_reward(policy, reference, beta=config.beta).chunk(2)
-        mask = batch["target_mask"]
-        margins = torch.zeros(mask.shape, dtype=torch.float32)
-        margins[mask] = (chosen - rejected).cpu()
+        found = objective.choice_log_probs(**batch).cpu()
         latent = objective.latent(batch["context_rows"], batch["context_mask"])
-        return Scores.of_margins(margins, latent.mean)
+        return Scores(spread(found, batch["target_mask"]), latent.mean)
 
     return _evaluate(config, data, split, score)
 
@@ -327,8 +335,7 @@ def _initial_encoder(
             # The latent of everybody. From zero, where a user nobody knows begins, neither the
             # modulator's own weights nor B would ever move: each waits for the other.
             nn.init.ones_(encoder.prior)
-        used = torch.cat([options.chosen[rows], options.rejected[rows]]).unique()
-        encoder.scaler.fit(options.embeddings[used])
+        encoder.scaler.fit(options.embeddings[options.used_by(torch.from_numpy(rows))])
     else:
         reward_encoder = load_reward(config.init_encoder).encoder
         if reward_encoder is None:
@@ -358,10 +365,6 @@ def _scale_latents(encoder: PreferenceEncoder, options: Options, tasks: TaskData
     dimensions keeps their geometry.
     """
     batch = collate_rows([tasks[i] for i in range(min(SCALING_TASKS, len(tasks)))])
-    rows, mask = batch["context_rows"], batch["context_mask"]
-    chosen, rejected = (
-        options.embeddings[options.chosen[rows]],
-        options.embeddings[options.rejected[rows]],
-    )
-    scale = encoder(chosen, rejected, mask).mean.square().mean().sqrt()
+    context = options.embedded_choices(batch["context_rows"], batch["context_mask"])
+    scale = encoder(*context).mean.square().mean().sqrt()
     encoder.scale_latents(1 / float(scale))

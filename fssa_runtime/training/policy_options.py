@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
+from torch.nn.utils.rnn import pad_sequence
 
 from ..conditioning.embedding import EmbeddingConfig, pool
 from ..conditioning.modulation import Modulation
@@ -38,7 +39,8 @@ class Options:
 
     ``tokens[i]``: prompt and answer tokens; ``embeddings [m, E]`` float32; ``reference [m]``:
     log π_ref of the answer, nats. ``loops[i]``, ``loop_reference [m]``: the same prompt answered by
-    option i's loop (`loop_of`). ``chosen``, ``rejected [N]``: each preference's options.
+    option i's loop (`loop_of`). ``chosen [N]``, ``rejected [N, R]``: each preference's options, and
+    ``real [N, R]`` bool, which of the rejected there are (others are option 0); R = 1 for pairs.
     """
 
     tokens: list[tuple[list[int], list[int]]]
@@ -48,6 +50,21 @@ class Options:
     loop_reference: torch.Tensor
     chosen: torch.Tensor
     rejected: torch.Tensor
+    real: torch.Tensor
+
+    def embedded_choices(
+        self, rows: torch.Tensor, mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What an encoder reads of preferences ``rows [U, n]`` of which ``mask [U, n]`` are real:
+        chosen, rejected and mask, in the form for pairs if all preferences are such."""
+        chosen, rejected = self.embeddings[self.chosen[rows]], self.embeddings[self.rejected[rows]]
+        if self.rejected.shape[1] == 1:
+            return chosen, rejected[:, :, 0], mask
+        return chosen, rejected, mask[..., None] & self.real[rows]
+
+    def used_by(self, rows: torch.Tensor) -> torch.Tensor:
+        """The options of some preferences, each once."""
+        return torch.cat([self.chosen[rows], self.rejected[rows][self.real[rows]]]).unique()
 
 
 def answer_logprobs(
@@ -91,7 +108,13 @@ def prepare_options(
     """
     index: dict[tuple[Content, Content], int] = {}
     chosen = [index.setdefault((p.prompt, p.chosen), len(index)) for p in data.preferences]
-    rejected = [index.setdefault((p.prompt, p.rejected), len(index)) for p in data.preferences]
+    rejected = [
+        torch.tensor(
+            [index.setdefault((p.prompt, answer), len(index)) for answer in p.all_rejected]
+        )
+        for p in data.preferences
+    ]
+    counts = torch.tensor([len(options) for options in rejected])
     options = list(index)
     tokens = []
     for option in options:
@@ -117,7 +140,8 @@ def prepare_options(
         loops,
         found["loop_reference"],
         torch.tensor(chosen),
-        torch.tensor(rejected),
+        pad_sequence(rejected, batch_first=True),
+        torch.arange(int(counts.max())) < counts[:, None],
     )
 
 

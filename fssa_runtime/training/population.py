@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..conditioning.checkpoint import Choice
+from ..conditioning.choices import Choice
 from ..errors import InputError
 from ..users.examples import ExampleUser
 from .data import Preference, read_preferences, split_preferences

@@ -136,7 +136,7 @@ def _preference_source(
     fingerprint: str | None,
     on_embedded: OnEmbedded | None,
 ) -> RewardSource:
-    data = read_preferences(files.files, pairs_only=False)
+    data = read_preferences(files.files)
     split = split_preferences(
         data,
         heldout_users=files.heldout_users,

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..conditioning.checkpoint import Choice
+from ..conditioning.choices import Choice
 from ..conditioning.user_weights import UserWeights
 from ..llm import LLM
 from ..models.language_model import LanguageModel

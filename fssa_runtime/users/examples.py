@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..conditioning.checkpoint import Choice
+from ..conditioning.choices import Choice
 from ..errors import InputError
 
 
@@ -21,7 +21,8 @@ class ExampleUser:
 
 
 def read_users(path: Path) -> list[ExampleUser]:
-    """A JSON list of ``{"name", "choices": [{"prompt", "chosen", "rejected"}], "weights"?}``.
+    """A JSON list of ``{"name", "choices": [{"prompt", "chosen", "rejected"}], "weights"?}``;
+    ``rejected`` may be a list of texts.
 
     Raises:
         InputError: missing or damaged file, a field missing, the same name twice.
@@ -38,7 +39,7 @@ def read_users(path: Path) -> list[ExampleUser]:
     for number, record in enumerate(records):
         try:
             choices = tuple(
-                Choice(str(c["prompt"]), str(c["chosen"]), str(c["rejected"]))
+                Choice(str(c["prompt"]), str(c["chosen"]), _texts(c["rejected"]))
                 for c in record["choices"]
             )
             weights = {str(k): float(v) for k, v in record.get("weights", {}).items()}
@@ -48,6 +49,10 @@ def read_users(path: Path) -> list[ExampleUser]:
     if len({user.name for user in users}) != len(users):
         raise InputError(f"users {path}: a name occurs twice")
     return users
+
+
+def _texts(value: object) -> str | tuple[str, ...]:
+    return tuple(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def write_users(users: Sequence[ExampleUser], path: Path) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..conditioning.checkpoint import Choice
+from ..conditioning.choices import Choice
 from ..conditioning.embedding import MAX_BATCH_TOKENS, Steps, embedding_steps
 from ..conditioning.questions import Candidate, Suggestion, options_to_read, suggestion_of
 from ..errors import InputError
@@ -53,7 +53,7 @@ def suggestion_steps(
             distinct.append(option)
     embedded = yield from embedding_steps(model, reward.reading.embedding, distinct, max_tokens)
     rows = [places[repr(option)] for option in options]
-    return suggestion_of(reward.model, embedded[rows], len(choices))
+    return suggestion_of(reward.model, embedded[rows], choices)
 
 
 def _check_fit(model: LanguageModel, reward: TextReward) -> None:

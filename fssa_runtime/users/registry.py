@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from ..conditioning.beliefs import Belief, learning_steps, prior_belief
-from ..conditioning.checkpoint import Choice, Conditioning
+from ..conditioning.checkpoint import Conditioning
+from ..conditioning.choices import Choice, ChoiceLike
 from ..conditioning.embedding import MAX_BATCH_TOKENS, Steps, result_of
 from ..conditioning.questions import Candidate, Suggestion
 from ..conditioning.user_weights import UserWeights
@@ -72,15 +73,17 @@ class Users:
             raise InputError(f"user {name!r} is not known")
         return user
 
-    def infer(self, name: str, choices: Sequence[Choice | tuple[str, str, str]]) -> User:
+    def infer(self, name: str, choices: Sequence[ChoiceLike]) -> User:
         """Know a user by a few choices (prompt, chosen, rejected), instead of what was known.
 
+        ``rejected`` is one answer, or a list of those that the chosen one was preferred to.
+
         Raises:
-            InputError: no name, or a choice between an option and itself.
+            InputError: no name, a choice between an option and itself, or an empty text.
         """
         return result_of(self.infer_steps(name, choices))
 
-    def add_choices(self, name: str, choices: Sequence[Choice | tuple[str, str, str]]) -> User:
+    def add_choices(self, name: str, choices: Sequence[ChoiceLike]) -> User:
         """Know a user better: what they chose before and these. Only these are read.
 
         Equal to `infer` of all of them but for rounding. With a latent that was set there is
@@ -91,7 +94,7 @@ class Users:
     def infer_steps(
         self,
         name: str,
-        choices: Sequence[Choice | tuple[str, str, str]],
+        choices: Sequence[ChoiceLike],
         max_tokens: int = MAX_BATCH_TOKENS,
     ) -> Steps[User]:
         """As `infer`, ``max_tokens`` tokens of the options at a time."""
@@ -103,7 +106,7 @@ class Users:
     def add_steps(
         self,
         name: str,
-        choices: Sequence[Choice | tuple[str, str, str]],
+        choices: Sequence[ChoiceLike],
         max_tokens: int = MAX_BATCH_TOKENS,
     ) -> Steps[User]:
         """As `add_choices`, ``max_tokens`` tokens of the new options at a time."""
@@ -116,7 +119,7 @@ class Users:
         name: str,
         known: tuple[Choice, ...],
         belief: Belief,
-        choices: Sequence[Choice | tuple[str, str, str]],
+        choices: Sequence[ChoiceLike],
         max_tokens: int,
     ) -> Steps[User]:
         conditioning = self._need()
@@ -214,16 +217,22 @@ class Users:
         return user
 
 
-def _choice(number: int, choice: Choice | tuple[str, str, str]) -> Choice:
+def _choice(number: int, choice: ChoiceLike) -> Choice:
     try:
-        prompt, chosen, rejected = choice
-    except (TypeError, ValueError) as error:
+        checked = Choice(*choice)
+        all_rejected = checked.all_rejected
+    except TypeError as error:
         raise InputError(
             f"choice {number}: expected (prompt, chosen, rejected), got {choice!r}"
         ) from error
-    for name, text in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
+    if not all_rejected:
+        raise InputError(f"choice {number}: expected at least one rejected answer, got none")
+    options = [("prompt", checked.prompt), ("chosen", checked.chosen)]
+    for name, text in [*options, *(("rejected", answer) for answer in all_rejected)]:
         if isinstance(text, str) and not text.strip():
             raise InputError(f"choice {number}: expected words as {name}, got {text!r}")
-    if chosen == rejected:
+    if checked.chosen in all_rejected:
         raise InputError(f"choice {number}: chosen and rejected are the same")
-    return Choice(prompt, chosen, rejected)
+    if any(answer in all_rejected[:place] for place, answer in enumerate(all_rejected)):
+        raise InputError(f"choice {number}: an answer was rejected twice")
+    return checked

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from fssa_runtime.conditioning.checkpoint import Choice, Conditioning
+from fssa_runtime.conditioning.checkpoint import Conditioning
+from fssa_runtime.conditioning.choices import Choice
 from fssa_runtime.conditioning.embedding import EmbeddingConfig
 from fssa_runtime.conditioning.encoder import EncoderConfig, PreferenceEncoder
 from fssa_runtime.conditioning.layout import ModulatorConfig

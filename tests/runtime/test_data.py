@@ -128,13 +128,13 @@ def test_choices_among_several_are_read_where_they_can_be_used(tmp_path):
         {**CHAT, "rejected": [CHAT["rejected"][0:1], dull]},
         {**TEXT, "rejected": ["No."]},
     )
-    text, chat, pair = read_preferences(path, pairs_only=False).preferences
+    text, chat, pair = read_preferences(path).preferences
     assert text.all_rejected == ("No.", "Go away.")
     no = (Message("assistant", "No."),)
     assert (chat.rejected, chat.also_rejected) == (no, ((Message("assistant", "Hm."),),))
     assert pair == Preference("u1", "Hello?", "Hi.", "No.")
     with pytest.raises(PreferenceError, match=r"p.jsonl:1: .* only pairs can be used here, got 2"):
-        read_preferences(path)
+        read_preferences(path, pairs_only=True)
 
 
 def test_a_truncated_gzip_file_is_named(tmp_path):

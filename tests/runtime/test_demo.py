@@ -12,7 +12,7 @@ import pytest
 
 from fssa_kernels.native import NATIVE
 from fssa_runtime.cli import main
-from fssa_runtime.conditioning.checkpoint import Choice
+from fssa_runtime.conditioning.choices import Choice
 from fssa_runtime.demo import USERS_FILE
 from fssa_runtime.errors import InputError
 from fssa_runtime.users.examples import ExampleUser, read_users, write_users

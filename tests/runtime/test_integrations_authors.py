@@ -17,7 +17,8 @@ import yaml
 from torch import nn
 
 from fssa_runtime.cli import main
-from fssa_runtime.conditioning.checkpoint import Choice, Conditioning, load_conditioning
+from fssa_runtime.conditioning.checkpoint import Conditioning, load_conditioning
+from fssa_runtime.conditioning.choices import Choice
 from fssa_runtime.conditioning.encoder import EncoderConfig, PreferenceEncoder
 from fssa_runtime.errors import InputError
 from fssa_runtime.integrations.authors import import_authors

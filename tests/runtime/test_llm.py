@@ -11,6 +11,7 @@ import torch
 
 from fssa_runtime import LLM, AsyncEngine, Choice, SamplingParams
 from fssa_runtime.conditioning import beliefs
+from fssa_runtime.conditioning.embedding import embed_options
 from fssa_runtime.errors import InputError
 from fssa_runtime.models.language_model import LanguageModel
 
@@ -117,6 +118,34 @@ def test_sampling_for_each_prompt(llm: LLM) -> None:
     assert [len(output.answers[0].tokens) for output in outputs] == lengths
 
 
+def test_one_may_be_preferred_to_several(llm: LLM) -> None:
+    """By hand from the encoder: h1 is averaged over what was rejected in a choice."""
+    several = [
+        CHOICES[0],
+        Choice("And a dog?", "Loyal.", ["A dog is a dog.", "Woof, woof, woof."]),
+        ("Why?", "Because.", ("No.", "There are reasons.", "Who knows.")),
+    ]
+    known = llm.users.infer("cy", several)
+    assert llm.conditioning is not None
+    encoder = llm.conditioning.encoder
+    encoded = []
+    for prompt, chosen, rejected in several:
+        others = [rejected] if isinstance(rejected, str) else rejected
+        options = embed_options(
+            llm.model, llm.conditioning.embedding, [(prompt, text) for text in (chosen, *others)]
+        )
+        taken, *passed_over = encoder.scaler(options)
+        pairs = torch.stack([torch.cat([taken, option]) for option in passed_over])
+        encoded.append(encoder.h1(pairs).mean(0))
+    count = torch.tensor([4.0]).log()
+    z = encoder.h2(torch.cat([torch.stack(encoded).mean(0), count]))
+    torch.testing.assert_close(known.latent, z, atol=1e-5, rtol=1e-4)
+    in_turn = [llm.users.infer("dan", several[:1]), llm.users.add_choices("dan", several[1:])]
+    torch.testing.assert_close(in_turn[-1].latent, known.latent)
+    torch.testing.assert_close(llm.conditioning.infer(llm.model, known.choices), known.latent)
+    assert not torch.equal(in_turn[0].latent, known.latent)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -147,6 +176,11 @@ def test_what_cannot_be_served_is_said_before_anything_runs(
         ("eve", [CHOICES[0], ("Why?", "Because.")], "choice 1: expected .prompt, chosen, rejected"),
         ("eve", [7], "choice 0: expected"),
         ("eve", [("Why?", "Because.", " ")], "choice 0: expected words as rejected, got ' '"),
+        ("eve", [("Why?", "Because.", [])], "choice 0: expected at least one rejected answer"),
+        ("eve", [("Why?", "Yes.", ["No.", "Yes."])], "choice 0: chosen and rejected are the same"),
+        ("eve", [("Why?", "Yes.", ["No.", "No."])], "choice 0: an answer was rejected twice"),
+        ("eve", [("Why?", "Yes.", ["No.", ""])], "choice 0: expected words as rejected, got ''"),
+        ("eve", [("Why?", "Yes.", None)], "choice 0: expected .prompt, chosen, rejected"),
         ("eve", [("Why?", "Because.", "why " * 20000)], "an option has .* tokens, the model holds"),
     ],
 )

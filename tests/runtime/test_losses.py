@@ -7,7 +7,6 @@ import torch
 
 from fssa_runtime.training.losses import (
     choice_loss,
-    dpo_loss,
     gaussian_reward_log_probs,
     implicit_reward,
     kl_diagonal_gaussians,
@@ -107,29 +106,13 @@ def test_kl_by_hand_and_against_torch():
     assert torch.equal(zero, torch.zeros(5))
 
 
-def test_dpo_loss_by_hand():
-    policy_chosen, policy_rejected = torch.tensor([-10.0, -7.0]), torch.tensor([-12.0, -3.0])
-    reference_chosen, reference_rejected = torch.tensor([-11.0, -9.0]), torch.tensor([-11.0, -8.0])
-    # Implicit rewards with beta = ½: chosen ½, 1; rejected -½, 2½.
-    expected = (nll(1.0) + nll(-1.5)) / 2
-    loss = dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta=0.5)
-    assert loss.item() == pytest.approx(expected, rel=1e-6)
-    first = dpo_loss(
-        policy_chosen,
-        policy_rejected,
-        reference_chosen,
-        reference_rejected,
-        beta=0.5,
-        mask=torch.tensor([True, False]),
-    )
-    assert first.item() == pytest.approx(nll(1.0), rel=1e-6)
-    assert implicit_reward(policy_rejected, reference_rejected, beta=0.5).tolist() == [-0.5, 2.5]
-
-
-def test_dpo_loss_is_ln2_at_the_reference():
-    logprob = torch.tensor([-10.0, -7.0])
-    loss = dpo_loss(logprob, logprob - 3, logprob, logprob - 3, beta=0.05)
-    assert loss.item() == pytest.approx(math.log(2), rel=1e-6)
+def test_the_dpo_loss_is_luces_rule_on_implicit_rewards():
+    policy = torch.tensor([[-10.0, -12.0], [-7.0, -3.0]])
+    reference = torch.tensor([[-11.0, -11.0], [-9.0, -8.0]])
+    rewards = implicit_reward(policy, reference, beta=0.5)
+    assert rewards.tolist() == [[0.5, -0.5], [1.0, 2.5]]
+    losses = -luce_log_probs(rewards[:, 0], rewards[:, 1])[:, 0]
+    assert losses.tolist() == pytest.approx([nll(1.0), nll(-1.5)], rel=1e-6)
 
 
 def test_bad_arguments_are_named():
@@ -141,5 +124,3 @@ def test_bad_arguments_are_named():
         choice_loss(torch.zeros(2), torch.ones(3, dtype=torch.bool))
     with pytest.raises(ValueError, match="mask: expected"):
         marginal_choice_loss(torch.zeros(2, 4, 3), torch.ones(2, 4, dtype=torch.bool))
-    with pytest.raises(ValueError, match="beta"):
-        dpo_loss(*[torch.zeros(1)] * 4, beta=0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,12 @@ from pydantic import ValidationError
 
 from fssa_runtime.models.language_model import LanguageModel
 from fssa_runtime.models.packed import PackedOptions
-from fssa_runtime.training.data import read_preferences, rows_of_mode
+from fssa_runtime.training.data import (
+    Preference,
+    PreferenceData,
+    read_preferences,
+    rows_of_mode,
+)
 from fssa_runtime.training.policy import CONDITIONING_DIR, train_policy
 from fssa_runtime.training.policy_options import answer_logprobs
 from fssa_runtime.training.policy_recipe import PolicyConfig
@@ -91,9 +97,18 @@ def test_the_kind_of_users_is_written_down_only_if_asked_for(tmp_path: Path) -> 
     assert set(read_preferences(tmp_path / "choices.jsonl").mode_of_user.values()) == {""}
 
 
-def test_choices_in_the_prompt(model: LanguageModel, tmp_path: Path) -> None:
+@pytest.mark.parametrize("several", [False, True])
+def test_choices_in_the_prompt(model: LanguageModel, tmp_path: Path, several: bool) -> None:
     population(tmp_path)
     data = read_preferences(tmp_path / "choices.jsonl")
+    if several:
+        third = ("a third", "a fourth")
+        data = PreferenceData(
+            tuple(
+                replace(p, also_rejected=third[: number % 3])
+                for number, p in enumerate(data.preferences)
+            )
+        )
     score = prompted_scores(model, data, beta=0.5)
     batch = {
         "context_rows": torch.tensor([[0, 1], [0, 0]]),
@@ -102,11 +117,12 @@ def test_choices_in_the_prompt(model: LanguageModel, tmp_path: Path) -> None:
         "target_mask": torch.tensor([[True, True], [True, False]]),
     }
     log_probs = score(batch).log_probs
+    assert log_probs.shape[-1] == (4 if several else 2)
     for user, place, target in ((0, 0, 2), (0, 1, 3), (1, 0, 4)):
         wanted = data.preferences[target]
         context = list(data.preferences[:2]) if user == 0 else []
         rewards = []
-        for answer in (wanted.chosen, wanted.rejected):
+        for answer in (wanted.chosen, *wanted.all_rejected):
             options = [
                 model.option_tokens(prompt, answer)
                 for prompt in (prompt_with_choices(context, wanted.prompt), wanted.prompt)
@@ -115,9 +131,31 @@ def test_choices_in_the_prompt(model: LanguageModel, tmp_path: Path) -> None:
                 packed = PackedOptions.pack(options, torch.device("cpu"))
                 told, plain = answer_logprobs(model.decoder, packed)
             rewards.append(0.5 * float(told - plain))
-        expected = torch.nn.functional.logsigmoid(torch.tensor(rewards[0] - rewards[1]))
-        assert float(log_probs[user, place, 0]) == pytest.approx(float(expected), abs=1e-4)
-    assert float(log_probs[1, 0].diff().abs()) < 1e-5  # nothing is known of the second user
+        assert len(rewards) == (2 + target % 3 if several else 2)
+        expected = torch.tensor(rewards).log_softmax(0)
+        found = log_probs[user, place]
+        torch.testing.assert_close(found[: len(rewards)], expected, atol=1e-4, rtol=0)
+        assert bool((found[len(rewards) :] == -torch.inf).all())
+    known = 4 % 3 + 2 if several else 2
+    assert (
+        float(log_probs[1, 0, :known].exp().sub(1 / known).abs().max()) < 1e-6
+    )  # nothing is known
+
+
+def test_the_prompt_says_what_was_liked_and_what_was_not(tmp_path: Path) -> None:
+    choices = [Preference("u", "Why?", "So.", "No.", "", ("Hm.", "Ah."))]
+    system, asked = prompt_with_choices(choices, "What?")
+    assert system["role"] == "system"
+    assert "between several answers" in system["content"]
+    order = [
+        "Question: Why?",
+        "Liked answer: So.",
+        *(f"Disliked answer: {a}" for a in ("No.", "Hm.", "Ah.")),
+    ]
+    assert system["content"].endswith("\n".join(order))
+    assert asked == {"role": "user", "content": "What?"}
+    pair = prompt_with_choices([replace(choices[0], also_rejected=())], "What?")
+    assert "between two answers" in pair[0]["content"]
 
 
 def test_nothing_is_trained_for_prompts(model: LanguageModel, tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from fssa_runtime.conditioning.checkpoint import Choice, load_conditioning
-from fssa_runtime.conditioning.embedding import EmbeddingConfig
+from fssa_runtime.conditioning.checkpoint import load_conditioning
+from fssa_runtime.conditioning.choices import Choice, arranged, options_of
+from fssa_runtime.conditioning.embedding import EmbeddingConfig, embed_options
 from fssa_runtime.conditioning.encoder import EncoderConfig, EncoderSettings, PreferenceEncoder
 from fssa_runtime.conditioning.modulator import Modulator
 from fssa_runtime.errors import InputError
@@ -46,8 +47,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
     return small_model(tmp_path_factory.mktemp("policy") / "model")
 
 
-def write_choices(path: Path) -> None:
-    """Half the users like answers of a's, the other half answers of b's."""
+def write_choices(path: Path, *, several: bool = False) -> None:
+    """Half the users like answers of a's, the other half answers of b's; with ``several`` every
+    other choice has a third option."""
     with open(path, "w") as file:
         for user in range(16):
             likes_a = user % 2 == 0
@@ -56,6 +58,8 @@ def write_choices(path: Path) -> None:
                 a, b = f"aaaa {number // 8}", f"bbbb {number // 8}"
                 chosen, rejected = (a, b) if likes_a else (b, a)
                 record = {"user": user, "prompt": word, "chosen": chosen, "rejected": rejected}
+                if several and number % 2:
+                    record["rejected"] = [rejected, f"cccc {number // 8}"]
                 file.write(json.dumps(record) + "\n")
 
 
@@ -105,8 +109,11 @@ def test_answer_logprobs_are_of_the_answer_alone(model: LanguageModel) -> None:
         assert abs(float(value) - expected) <= 1e-4
 
 
-def test_users_are_told_apart_by_their_choices(model: LanguageModel, tmp_path: Path) -> None:
-    write_choices(tmp_path / "choices.jsonl")
+@pytest.mark.parametrize("several", [False, True])
+def test_users_are_told_apart_by_their_choices(
+    model: LanguageModel, tmp_path: Path, several: bool
+) -> None:
+    write_choices(tmp_path / "choices.jsonl", several=several)
     before = [parameter.clone() for parameter in model.decoder.parameters()]
     result = train_policy(recipe(model, tmp_path), model)
     assert all(torch.equal(a, b) for a, b in zip(before, model.decoder.parameters(), strict=True))
@@ -122,8 +129,11 @@ def test_users_are_told_apart_by_their_choices(model: LanguageModel, tmp_path: P
     loaded = load_conditioning(folder / CONDITIONING_DIR, model.decoder, model.fingerprint)
     for name, tensor in result.conditioning.tensors().items():
         assert torch.equal(loaded.tensors()[name], tensor)
-    likes_a = [Choice(word, "aaaa 1", "bbbb 1") for word in WORDS[:3]]
-    likes_b = [Choice(c.prompt, c.rejected, c.chosen) for c in likes_a]
+    other = ["cccc 1"] if several else []
+    likes_a, likes_b = (
+        [Choice(word, chosen, [rejected, *other] if other else rejected) for word in WORDS[:3]]
+        for chosen, rejected in (("aaaa 1", "bbbb 1"), ("bbbb 1", "aaaa 1"))
+    )
     options = [model.option_tokens("new", text) for text in ("aaaa 0", "bbbb 0")]
     packed = PackedOptions.pack(options, torch.device("cpu"))
     margins = []
@@ -136,8 +146,11 @@ def test_users_are_told_apart_by_their_choices(model: LanguageModel, tmp_path: P
     assert margins[0] > margins[1] + 1
 
 
-def test_the_loss_is_that_of_the_docstring(model: LanguageModel, tmp_path: Path) -> None:
-    write_choices(tmp_path / "choices.jsonl")
+@pytest.mark.parametrize("several", [False, True])
+def test_the_loss_is_that_of_the_docstring(
+    model: LanguageModel, tmp_path: Path, several: bool
+) -> None:
+    write_choices(tmp_path / "choices.jsonl", several=several)
     data = read_preferences([tmp_path / "choices.jsonl"])
     torch.manual_seed(0)
     config = recipe(model, tmp_path)
@@ -158,23 +171,36 @@ def test_the_loss_is_that_of_the_docstring(model: LanguageModel, tmp_path: Path)
     target_mask = torch.tensor([[True, True], [True, False]])
     with torch.no_grad():
         result = objective(context, context_mask, targets, target_mask)
-    latent = encoder(
-        options.embeddings[options.chosen[context]],
-        options.embeddings[options.rejected[context]],
-        context_mask,
-    ).mean
+    reading = (model, config.embedding)
+
+    def choice(row: int) -> Choice:
+        made = data.preferences[row]
+        return Choice(made.prompt, made.chosen, list(made.all_rejected))
+
+    latent = torch.cat(
+        [
+            encoder(
+                *(part[None] for part in arranged(made, embed_options(*reading, options_of(made))))
+            ).mean
+            for made in ([choice(0), choice(1)], [choice(30), choice(31)])
+        ]
+    )
     dpo, nll, loops = [], [], []
     for user, target in ((0, 2), (0, 3), (1, 32)):
-        chosen, rejected = int(options.chosen[target]), int(options.rejected[target])
-        texts = [options.tokens[chosen], options.tokens[rejected], options.loops[chosen]]
+        made = choice(target)
+        chosen = int(options.chosen[target])
+        rejected = [model.option_tokens(made.prompt, answer) for answer in made.all_rejected]
+        texts = [options.tokens[chosen], options.loops[chosen], *rejected]
         packed = PackedOptions.pack(texts, torch.device("cpu"))
         slots = torch.zeros(len(packed.tokens), dtype=torch.int32)
         row = modulator.rows(latent[user : user + 1])
         with torch.no_grad():
             policy = answer_logprobs(model.decoder, packed, modulator.bind(row, slots))
             gain = 0.3 * (policy - answer_logprobs(model.decoder, packed))
-        dpo.append(-torch.nn.functional.logsigmoid(gain[0] - gain[1]))
-        loops.append(-torch.nn.functional.logsigmoid(gain[0] - gain[2]))
+        loops.append(-torch.nn.functional.logsigmoid(gain[0] - gain[1]))
+        offered = torch.cat([gain[:1], gain[2:]])
+        assert len(offered) == (3 if several and target % 2 else 2)
+        dpo.append(-(offered[0] - offered.logsumexp(0)))
         nll.append(-policy[0] / len(texts[0][1]))
     means = [float(torch.stack(terms).mean()) for terms in (dpo, nll, loops)]
     assert float(result["loss"]) == pytest.approx(means[0] + 0.7 * means[1] + 0.2 * means[2])

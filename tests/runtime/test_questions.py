@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fssa_runtime.conditioning.checkpoint import Choice
+from fssa_runtime.conditioning.choices import Choice
 from fssa_runtime.conditioning.encoder import EncoderSettings, Latent
 from fssa_runtime.conditioning.questions import (
     expected_information_gain,

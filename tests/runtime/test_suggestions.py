@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fssa_runtime import LLM, AsyncEngine
+from fssa_runtime.conditioning.choices import Choice
 from fssa_runtime.conditioning.embedding import EmbeddingConfig, embed_options
 from fssa_runtime.conditioning.encoder import EncoderSettings
 from fssa_runtime.conditioning.questions import suggest_next_pair
@@ -136,6 +137,16 @@ def test_what_was_chosen_counts(llm: LLM, reward: TextReward) -> None:
     llm.users.set_latent("cy", llm.users["ana"].latent)  # of which a reward knows nothing
     of_cy = llm.users.suggest_next_pair("cy", CANDIDATES, reward)
     assert torch.equal(of_cy.information, of_new.information)
+    several = [CHOICES[0], Choice("Why?", "Because.", ["No.", "Who knows?"])]
+    llm.users.infer("dan", several)
+    expected = suggest_next_pair(
+        reward.model,
+        lambda options: embed_options(llm.model, EmbeddingConfig(), options),
+        several,
+        CANDIDATES,
+    )
+    found = llm.users.suggest_next_pair("dan", CANDIDATES, reward)
+    torch.testing.assert_close(found.information, expected.information, rtol=1e-5, atol=1e-9)
 
 
 def test_what_is_equal_is_read_once(
