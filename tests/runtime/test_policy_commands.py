@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from fssa_runtime.cli import main
+from fssa_runtime.conditioning.checkpoint import WEIGHTS_FILE
 from fssa_runtime.training.policy import CONDITIONING_DIR
 from fssa_runtime.training.population import PopulationConfig, build_preferences, write_preferences
 from fssa_runtime.training.trainer import METRICS_FILE
@@ -181,3 +187,34 @@ def test_a_policy_without_its_choices_says_so(
     config = write_yaml(tmp_path / "policy.yaml", recipe)
     assert main(["train", "policy", "--config", str(config)]) == 1
     assert "gone.jsonl" in capsys.readouterr().err
+
+
+def test_a_run_that_was_killed_goes_on_to_the_same_policy(folder: Path, tmp_path: Path) -> None:
+    """SIGKILL somewhere after the second checkpoint; a run that was left alone is the reference."""
+    recipe = yaml.safe_load((folder / "policy.yaml").read_text())
+    recipe["train"] |= {"steps": 40, "learning_rate": 0.01, "save_every": 5}
+    runs = {}
+    for name in ("whole", "killed"):
+        runs[name] = tmp_path / name
+        recipe["train"]["output_dir"] = str(runs[name])
+        write_yaml(tmp_path / f"{name}.yaml", recipe)
+    command = ["train", "policy", "--config"]
+    assert main([*command, str(tmp_path / "whole.yaml")]) == 0
+    killed = str(tmp_path / "killed.yaml")
+    process = subprocess.Popen([sys.executable, "-m", "fssa_runtime", *command, killed])
+    try:
+        deadline = time.monotonic() + 120
+        while not (runs["killed"] / "checkpoint-10" / "trainer_state.json").is_file():
+            assert process.poll() is None, "it ended by itself"
+            assert time.monotonic() < deadline, "there is no checkpoint"
+            time.sleep(0.005)
+    finally:
+        process.kill()
+        process.wait()
+    assert not (runs["killed"] / CONDITIONING_DIR).exists(), "killed too late"
+    assert main([*command, killed, "--resume"]) == 0
+    whole, resumed = (
+        load_file(runs[name] / CONDITIONING_DIR / WEIGHTS_FILE) for name in ("whole", "killed")
+    )
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
