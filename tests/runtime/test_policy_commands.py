@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -218,3 +219,31 @@ def test_a_run_that_was_killed_goes_on_to_the_same_policy(folder: Path, tmp_path
     )
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_two_processes_train_the_policy_of_one(folder: Path, tmp_path: Path) -> None:
+    """As `torchrun` starts them, on CPUs: the same tasks and steps, their gradients averaged."""
+    recipe = yaml.safe_load((folder / "policy.yaml").read_text())
+    recipe["train"] |= {"steps": 6, "learning_rate": 0.01, "device": "cpu"}
+    recipe |= {"nll_weight": 0.5, "loop_weight": 0.5}
+    trained = {}
+    for name, count in (("one", 1), ("two", 2)):
+        recipe["train"]["output_dir"] = str(tmp_path / name)
+        config = write_yaml(tmp_path / f"{name}.yaml", recipe)
+        done = together(count, "train", "policy", "--config", str(config))
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("step 6/6") == 1, "the main process alone tells"
+        trained[name] = load_file(tmp_path / name / CONDITIONING_DIR / WEIGHTS_FILE)
+    for tensor_name, expected in trained["one"].items():
+        torch.testing.assert_close(trained["two"][tensor_name], expected, rtol=1e-3, atol=1e-4)
+
+
+def together(count: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """``fssa`` in one process, or in several that find each other on the loopback interface."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    command = [sys.executable, *(launcher if count > 1 else []), "-m", "fssa_runtime", *arguments]
+    environment = {k: v for k, v in os.environ.items() if not k.endswith(("RANK", "WORLD_SIZE"))}
+    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    if sys.platform == "linux":
+        environment["GLOO_SOCKET_IFNAME"] = "lo"
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
