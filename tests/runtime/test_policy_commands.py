@@ -55,10 +55,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with open(folder / "answers.jsonl", "w") as file:
         file.writelines(json.dumps(answer) + "\n" for answer in ANSWERS)
     (folder / "prompts.txt").write_text("\n".join(["Tell 0", *NEW_PROMPTS]) + "\n")
-    model, data = (
-        str(folder / "model"),
-        {"kind": "preferences", "files": [str(folder / "choices.jsonl")]},
-    )
+    model = str(folder / "model")
+    data = {"kind": "preferences", "files": [str(folder / "choices.jsonl")]}
     write_yaml(
         folder / "policy.yaml",
         {
