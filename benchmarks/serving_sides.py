@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.modulated import LATENT_DIM, random_modulator
+from benchmarks.peers import lora
 from benchmarks.peers.client import Peer
 from benchmarks.peers.play import Ask, Played, play
 from benchmarks.text_gate import Wear, wear_adapters
@@ -137,7 +138,8 @@ def peer_side(peer: Peer, model: Path, concurrency: int) -> Side:
     """A peer with a started worker; ``model`` is the folder it was started on."""
 
     def wear(asked: Sequence[Ask]) -> Wear:
-        return wear_adapters([ask.user for ask in asked], model, peer.work)
+        numbers = lora.numbers([ask.user for ask in asked])
+        return wear_adapters(numbers, model, peer.work)
 
     return Side(
         lambda asked, _: peer.serve(asked, concurrency, step_tokens(concurrency)),

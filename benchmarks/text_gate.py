@@ -70,12 +70,11 @@ class Gate:
         return losses
 
 
-def wear_adapters(users: Sequence[int], folder: Path, work: Path) -> Wear:
-    """Every answer its user's adapter, as the peers number and write them.
+def wear_adapters(numbers: Sequence[int], folder: Path, work: Path) -> Wear:
+    """Every answer the adapter of its number, as the peers write them.
 
-    users: one for each answer. folder: of the model. work: where the peer's worker keeps adapters.
+    folder: of the model. work: where the peer's worker keeps adapters.
     """
-    numbers = lora.numbers(users)
     return lambda model, index: _adapted(model, lora.adapter(folder, work, numbers[index]))
 
 

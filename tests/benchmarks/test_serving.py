@@ -192,7 +192,7 @@ def test_adapters_are_added_to_the_linears_and_taken_back(tmp_path: Path) -> Non
     tensors = load_file(folder / "adapter_model.safetensors")
     prefix = "base_model.model.model.layers.0.mlp.down_proj"
     delta = tensors[f"{prefix}.lora_B.weight"].float() @ tensors[f"{prefix}.lora_A.weight"].float()
-    users = [9, 9, 4]
+    numbers = [1, 1, 0]
     for index in range(4):
         lora.adapter(tmp_path, tmp_path / "work", index)
     with text_gate._adapted(model, folder):
@@ -200,7 +200,7 @@ def test_adapters_are_added_to_the_linears_and_taken_back(tmp_path: Path) -> Non
         torch.testing.assert_close(changed, delta, atol=1e-6, rtol=1e-4)
         assert all(not value.equal(before[name]) for name, value in model.state_dict().items())
     assert all(value.equal(before[name]) for name, value in model.state_dict().items())
-    wear = text_gate.wear_adapters(users, tmp_path, tmp_path / "work")
+    wear = text_gate.wear_adapters(numbers, tmp_path, tmp_path / "work")
     worn = []
     for index in range(3):
         with wear(model, index):
