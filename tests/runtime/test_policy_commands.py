@@ -188,7 +188,9 @@ def test_a_policy_without_its_choices_says_so(
     assert "gone.jsonl" in capsys.readouterr().err
 
 
-def test_a_run_that_was_killed_goes_on_to_the_same_policy(folder: Path, tmp_path: Path) -> None:
+def test_a_run_that_was_killed_goes_on_to_the_same_policy(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """SIGKILL somewhere after the second checkpoint; a run that was left alone is the reference."""
     recipe = yaml.safe_load((folder / "policy.yaml").read_text())
     recipe["train"] |= {"steps": 40, "learning_rate": 0.01, "save_every": 5}
@@ -211,7 +213,11 @@ def test_a_run_that_was_killed_goes_on_to_the_same_policy(folder: Path, tmp_path
         process.kill()
         process.wait()
     assert not (runs["killed"] / CONDITIONING_DIR).exists(), "killed too late"
+    capsys.readouterr()
     assert main([*command, killed, "--resume"]) == 0
+    out = capsys.readouterr().out
+    assert "step 40/40  loss " in out
+    assert "step 2/40  loss " not in out, "it began anew"
     whole, resumed = (
         load_file(runs[name] / CONDITIONING_DIR / WEIGHTS_FILE) for name in ("whole", "killed")
     )

@@ -124,29 +124,22 @@ def test_of_equal_candidates_the_first_is_taken(llm: LLM, reward: TextReward, na
 
 def test_what_was_chosen_counts(llm: LLM, reward: TextReward) -> None:
     """As the mathematics of `conditioning.questions` has it with the choices read anew."""
-    expected = suggest_next_pair(
-        reward.model,
-        lambda options: embed_options(llm.model, EmbeddingConfig(), options),
-        CHOICES,
-        CANDIDATES,
-    )
-    found = llm.users.suggest_next_pair("ana", CANDIDATES, reward)
-    torch.testing.assert_close(found.information, expected.information, rtol=1e-5, atol=1e-9)
-    of_new = llm.users.suggest_next_pair("new", CANDIDATES, reward)
-    assert (found.information - of_new.information).abs().max() > 1e-3
+    several = [CHOICES[0], Choice("Why?", "Because.", ["No.", "Who knows?"])]
+    llm.users.infer("dan", several)
+    for name, choices in (("ana", CHOICES), ("dan", several)):
+        expected = suggest_next_pair(
+            reward.model,
+            lambda options: embed_options(llm.model, EmbeddingConfig(), options),
+            choices,
+            CANDIDATES,
+        )
+        found = llm.users.suggest_next_pair(name, CANDIDATES, reward)
+        torch.testing.assert_close(found.information, expected.information, rtol=1e-5, atol=1e-9)
+        of_new = llm.users.suggest_next_pair("new", CANDIDATES, reward)
+        assert (found.information - of_new.information).abs().max() > 1e-3
     llm.users.set_latent("cy", llm.users["ana"].latent)  # of which a reward knows nothing
     of_cy = llm.users.suggest_next_pair("cy", CANDIDATES, reward)
     assert torch.equal(of_cy.information, of_new.information)
-    several = [CHOICES[0], Choice("Why?", "Because.", ["No.", "Who knows?"])]
-    llm.users.infer("dan", several)
-    expected = suggest_next_pair(
-        reward.model,
-        lambda options: embed_options(llm.model, EmbeddingConfig(), options),
-        several,
-        CANDIDATES,
-    )
-    found = llm.users.suggest_next_pair("dan", CANDIDATES, reward)
-    torch.testing.assert_close(found.information, expected.information, rtol=1e-5, atol=1e-9)
 
 
 def test_what_is_equal_is_read_once(
