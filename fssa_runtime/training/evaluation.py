@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -34,12 +33,6 @@ class Scores(NamedTuple):
 
     log_probs: Tensor
     latents: Tensor | None
-
-    @classmethod
-    def of_margins(cls, margins: Tensor, latents: Tensor | None = None) -> Scores:
-        """Scores of pairs from margins r(chosen) - r(rejected) [U, m]: p = σ(margin)."""
-        wide = margins.double()
-        return cls(torch.stack([F.logsigmoid(wide), F.logsigmoid(-wide)], dim=-1), latents)
 
 
 def spread(log_probs: Tensor, mask: Tensor) -> Tensor:

@@ -10,6 +10,12 @@ from fssa_runtime.training.evaluation import Scores, active_latent_units, evalua
 from fssa_runtime.training.tasks import OptionTask, collate_options
 
 
+def of_margins(margins: torch.Tensor, latents: torch.Tensor | None = None) -> Scores:
+    """Scores of pairs from margins r(chosen) - r(rejected) [U, m]: p = σ(margin)."""
+    sides = [margins.double().sigmoid().log(), (-margins.double()).sigmoid().log()]
+    return Scores(torch.stack(sides, dim=-1), latents)
+
+
 def option_task(user, mode, m):
     empty, target = torch.zeros(0, 1), torch.zeros(m, 1)
     return OptionTask(user, mode, empty, empty, target, target)
@@ -23,7 +29,7 @@ def test_evaluation_by_hand():
 
     def score(batch):
         part = next(batches)
-        return Scores.of_margins(margins[part, : batch["target_mask"].shape[1]], latents[part])
+        return of_margins(margins[part, : batch["target_mask"].shape[1]], latents[part])
 
     got = evaluate(score, {4: tasks}, collate=collate_options, batch_size=2)["contexts"]["4"]
     nll = np.log1p(np.exp([-1.0, 1.0, -2.0, 0.0]))
@@ -51,7 +57,7 @@ def test_standard_error_matches_the_spread_of_repetitions():
         tasks = [option_task(str(i // 2), "x", 5) for i in range(40)]
         margins = margins[torch.arange(40) // 2 * 2]
         entry = evaluate(
-            lambda batch, m=margins: Scores.of_margins(m), {0: tasks}, collate=collate_options
+            lambda batch, m=margins: of_margins(m), {0: tasks}, collate=collate_options
         )["contexts"]["0"]
         estimates.append(entry["accuracy"])
         errors.append(entry["accuracy_se"])
@@ -61,7 +67,7 @@ def test_standard_error_matches_the_spread_of_repetitions():
 def test_nan_scores_are_an_error():
     with pytest.raises(FloatingPointError, match="log_probs: expected numbers, got NaN"):
         evaluate(
-            lambda batch: Scores.of_margins(torch.full((1, 2), float("nan"))),
+            lambda batch: of_margins(torch.full((1, 2), float("nan"))),
             {0: [option_task("a", "x", 2)]},
             collate=collate_options,
         )
