@@ -236,10 +236,19 @@ def cpu_threads(count: int) -> Iterator[None]:
 def latest_checkpoint(output_dir: Path) -> Path | None:
     """The newest complete checkpoint folder, None if there is none.
 
-    The trainer writes trainer_state.json last, so a folder without it was cut off.
+    The trainer writes trainer_state.json last: where it is missing or ends early, the checkpoint
+    was cut off.
     """
-    complete = [p for p in _checkpoints(output_dir) if (p / "trainer_state.json").is_file()]
+    complete = [folder for folder in _checkpoints(output_dir) if _is_complete(folder)]
     return max(complete, key=_step_of, default=None)
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return False
+    return True
 
 
 class _TaskTrainer(Trainer):
@@ -303,6 +312,11 @@ class _TaskTrainer(Trainer):
             f" (items {first}..{first + per_step - 1} of the data set; on its own not finite: "
             f"{named}{more})"
         )
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # Every process writes its own; what says that a checkpoint is complete comes after all.
+        self.accelerator.wait_for_everyone()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:

@@ -194,9 +194,15 @@ def test_mixed_precision_learns_the_same(tmp_path):
         train_reward(tiny_recipe(tmp_path / "fp16", mixed_precision="fp16", device="cpu"))
 
 
-def test_an_incomplete_checkpoint_is_passed_over(tmp_path):
+@pytest.mark.parametrize("written", [None, 0, 100])
+def test_an_incomplete_checkpoint_is_passed_over(tmp_path, written):
+    """Cut off before its last file, or within that file after some bytes."""
     train_reward(tiny_recipe(tmp_path))
-    (tmp_path / "checkpoint-20" / "trainer_state.json").unlink()
+    last = tmp_path / "checkpoint-20" / "trainer_state.json"
+    if written is None:
+        last.unlink()
+    else:
+        last.write_bytes(last.read_bytes()[:written])
     assert latest_checkpoint(tmp_path).name == "checkpoint-15"
     assert train_reward(tiny_recipe(tmp_path, resume=True)).fit.resumed_at == 15
 
