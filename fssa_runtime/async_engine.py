@@ -13,7 +13,6 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -28,8 +27,7 @@ from .llm import LLM, Output
 from .models.language_model import Content
 from .request import Request, Token
 from .sampling import SamplingParams
-from .training.reward_model import TextReward
-from .users.registry import User, WhoseWeights
+from .users.registry import AnyReward, User, WhoseWeights
 
 T = TypeVar("T")
 
@@ -183,7 +181,7 @@ class AsyncEngine:
         return await self._work(lambda: users.add_steps(name, choices, most))
 
     async def suggest_next_pair(
-        self, name: str, candidates: Sequence[Candidate], reward: TextReward | str | Path
+        self, name: str, candidates: Sequence[Candidate], reward: AnyReward | None = None
     ) -> Suggestion:
         """As `Users.suggest_next_pair`, of the user as they are when their turn comes; see
         `infer`."""

@@ -20,7 +20,10 @@ from .models.language_model import Content, LanguageModel
 from .request import Completion, Request
 from .sampling import SamplingParams
 from .threads import set_or_limit_threads
-from .users.registry import Users, WhoseWeights
+from .users.registry import AnyReward, Users, WhoseWeights
+
+# Within a conditioning's folder: the reward that says what to ask its users.
+REWARD_DIR = "reward"
 
 # One for all prompts, or one for each.
 OneOrEach = WhoseWeights | Sequence[WhoseWeights]
@@ -49,6 +52,8 @@ class LLM:
         model: a catalogue name, a folder, a hub id, or a model that is loaded already.
         conditioning: folder of a checkpoint, or one that is loaded; None takes what ships with the
             package for this model, if anything does. Without one nobody can be steered.
+        reward: says what to ask somebody next (`Users.suggest_next_pair`); None takes what lies in
+            the folder ``reward`` of the conditioning's, if there is one.
         dtype, device: of the weights, if the model is not loaded yet.
         max_resident_users: rows of the modulation table, at least a batch. There may be more
             users: who has not written for longest is put in again when they do.
@@ -73,6 +78,7 @@ class LLM:
         model: str | LanguageModel,
         conditioning: str | Path | Conditioning | None = None,
         *,
+        reward: AnyReward | None = None,
         dtype: str = "bfloat16",
         device: str = "cpu",
         max_resident_users: int = 64,
@@ -88,10 +94,15 @@ class LLM:
         if conditioning is None:
             conditioning = shipped_conditioning(model.name)
         if isinstance(conditioning, str | Path):
+            beside = Path(conditioning) / REWARD_DIR
+            if reward is None and beside.is_dir():
+                reward = beside
             conditioning = load_conditioning(Path(conditioning), model.decoder, model.fingerprint)
         self.model = model
         self.conditioning = conditioning
-        self.users = Users(model, conditioning, forget=lambda gone: self.engine.forget(gone))
+        self.users = Users(
+            model, conditioning, reward=reward, forget=lambda gone: self.engine.forget(gone)
+        )
         self.served_by: object = None
         decoder = model.decoder
         modulation = table = None

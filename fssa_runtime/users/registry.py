@@ -16,11 +16,14 @@ from ..conditioning.questions import Candidate, Suggestion
 from ..conditioning.user_weights import UserWeights
 from ..errors import InputError
 from ..models.language_model import LanguageModel
-from ..training.reward_model import TextReward
-from .questions import suggestion_steps
+from ..training.reward_model import TextReward, load_text_reward
+from .questions import HOW_TO_TRAIN, suggestion_steps
 
 # A name, shares of several names, weights themselves, or None for the base model's.
 WhoseWeights = str | Mapping[str, float] | UserWeights | None
+
+# What is asked which question tells most: a reward, or the folder of one.
+AnyReward = TextReward | str | Path
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Users:
     """Users of one conditioned model, by name.
 
     Args:
+        reward: what `suggest_next_pair` asks if it is not given another; read when first needed.
         forget: called with the weights of a user who is deleted.
     """
 
@@ -50,10 +54,12 @@ class Users:
         model: LanguageModel,
         conditioning: Conditioning | None,
         *,
+        reward: AnyReward | None = None,
         forget: Callable[[UserWeights], None] = lambda _weights: None,
     ) -> None:
         self._model = model
         self._conditioning = conditioning
+        self._reward = reward
         self._forget = forget
         self._users: dict[str, User] = {}
 
@@ -128,7 +134,7 @@ class Users:
         return self._keep(name, (*known, *checked), belief.mean, belief)
 
     def suggest_next_pair(
-        self, name: str, candidates: Sequence[Candidate], reward: TextReward | str | Path
+        self, name: str, candidates: Sequence[Candidate], reward: AnyReward | None = None
     ) -> Suggestion:
         """Which of these pairs to let a user choose from next: the one whose answer is expected to
         tell most about them, given what they chose before (docs/METHOD.md section 7).
@@ -139,7 +145,7 @@ class Users:
             candidates: pairs that might be shown, each (prompt, one answer, another answer).
             reward: of this base model, with a stochastic encoder: the folder that
                 `fssa train reward` wrote, or, to read it once for many calls, what
-                `load_text_reward` made of it.
+                `load_text_reward` made of it. None: the one that belongs to the conditioning.
 
         Returns:
             ``best``, the place of the pair in the list, the first of equal ones, and
@@ -159,12 +165,13 @@ class Users:
         self,
         name: str,
         candidates: Sequence[Candidate],
-        reward: TextReward | str | Path,
+        reward: AnyReward | None = None,
         max_tokens: int = MAX_BATCH_TOKENS,
     ) -> Steps[Suggestion]:
         """As `suggest_next_pair`, ``max_tokens`` tokens of the options at a time."""
         choices = self[name].choices
-        return (yield from suggestion_steps(self._model, reward, choices, candidates, max_tokens))
+        asked = self._own_reward() if reward is None else reward
+        return (yield from suggestion_steps(self._model, asked, choices, candidates, max_tokens))
 
     def set_latent(self, name: str, latent: torch.Tensor) -> User:
         """Know a user by a latent ``z [Z]`` and no choices.
@@ -208,6 +215,16 @@ class Users:
                 "train one with `fssa train policy`"
             )
         return self._conditioning
+
+    def _own_reward(self) -> TextReward:
+        if self._reward is None:
+            raise InputError(
+                f"no reward is loaded for {self._model.name!r}, so nothing says which question "
+                f"tells most; {HOW_TO_TRAIN}"
+            )
+        if not isinstance(self._reward, TextReward):
+            self._reward = load_text_reward(self._reward)
+        return self._reward
 
     def _keep(
         self, name: str, choices: tuple[Choice, ...], latent: torch.Tensor, belief: Belief | None

@@ -187,6 +187,36 @@ def test_from_a_folder_and_between_the_steps_of_others(
     asyncio.run(asked())
 
 
+def test_the_reward_beside_a_conditioning_is_asked_unless_another_is_named(
+    model: LanguageModel, reward: TextReward, tmp_path: Path
+) -> None:
+    conditioning = random_conditioning(model, "gated")
+    conditioning.save(tmp_path)
+    without = LLM(model, tmp_path)
+    without.users.infer("ana", CHOICES)
+    with pytest.raises(InputError, match=r"no reward is loaded .* train one with"):
+        without.users.suggest_next_pair("ana", CANDIDATES)
+    expected = without.users.suggest_next_pair("ana", CANDIDATES, reward).information
+
+    beside = tmp_path / "reward"
+    save_reward(reward.model, beside, reward.reading)
+    llms = [LLM(model, tmp_path), LLM(model, conditioning, reward=beside)]
+    for llm in llms:
+        llm.users.infer("ana", CHOICES)
+        assert torch.equal(llm.users.suggest_next_pair("ana", CANDIDATES).information, expected)
+
+    async def asked() -> torch.Tensor:
+        async with AsyncEngine(llms[0]) as engine:
+            return (await engine.suggest_next_pair("ana", CANDIDATES)).information
+
+    (beside / "reward_config.json").unlink()  # it is read once
+    assert torch.equal(asyncio.run(asked()), expected)
+    late = LLM(model, tmp_path)
+    late.users.infer("ana", CHOICES)
+    with pytest.raises(InputError, match=r"reward_config\.json"):
+        late.users.suggest_next_pair("ana", CANDIDATES)
+
+
 @pytest.mark.parametrize(
     ("candidates", "message"),
     [
