@@ -31,6 +31,9 @@ DEVICES = {
     "sm_120": Device("rtx", 120, 4, 99 << 10),
 }
 
+# By digest. pytest makes a session's fixture anew for every file that imports it.
+_LOADED = {}
+
 
 def compiler():
     return shutil.which("g++") or shutil.which("clang++")
@@ -44,14 +47,16 @@ def emulated(request):
     files = sorted(p for p in SOURCES.iterdir() if p.suffix in (".cu", ".cpp", ".cuh", ".h"))
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in files))
     digest.update(repr((FLAGS, compiler(), sys.version, torch.__version__)).encode())
-    target = _cache(request) / f"{digest.hexdigest()[:16]}.so"
-    if not target.exists():
-        with tempfile.TemporaryDirectory() as folder:
-            _compile([p for p in files if p.suffix in (".cu", ".cpp")], Path(folder), target)
-    spec = importlib.util.spec_from_file_location("_cuda_emulated", target)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    name = digest.hexdigest()[:16]
+    if name not in _LOADED:
+        target = _cache(request) / f"{name}.so"
+        if not target.exists():
+            with tempfile.TemporaryDirectory() as folder:
+                _compile([p for p in files if p.suffix in (".cu", ".cpp")], Path(folder), target)
+        spec = importlib.util.spec_from_file_location("_cuda_emulated", target)
+        _LOADED[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(_LOADED[name])
+    return _LOADED[name]
 
 
 def _cache(request):
