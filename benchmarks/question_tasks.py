@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -13,17 +13,19 @@ import torch
 from torch import Tensor
 
 from benchmarks.rewards import RECIPES, SYNTHETIC, folder_of, trained
-from benchmarks.text_population import make_choices, pure_kinds
+from benchmarks.text_population import People, everybody, make_choices, pure_kinds, scale_of
+from fssa_runtime.conditioning.shipped import shipped_conditioning
+from fssa_runtime.llm import REWARD_DIR
+from fssa_runtime.models.pull import DEFAULT_MODEL
 from fssa_runtime.training.commands import option_reader
-from fssa_runtime.training.data import read_preferences, split_preferences
-from fssa_runtime.training.population import mode_of
+from fssa_runtime.training.data import PreferenceData, Split, read_preferences, split_preferences
 from fssa_runtime.training.reward import RewardConfig, RewardModel, load_reward
 from fssa_runtime.training.reward_sources import embed_preferences
 from fssa_runtime.training.synthetic import Population
 from fssa_runtime.training.tastes import utility
 from fssa_runtime.training.trainer import load_config
 
-TEXT = "text_questions/reward.yaml"
+TEXT, SHIPPED = "text_questions/reward.yaml", "smollm2_135m/questions.yaml"
 
 
 class Pairs(NamedTuple):
@@ -84,7 +86,7 @@ class SyntheticTask:
 
 @dataclass
 class TextTask:
-    """Four kinds of people who choose between answers to a prompt, with noise.
+    """People of some kinds who choose between answers to a prompt, with noise.
 
     Questions and targets are pairs about prompts that no training saw, and not the same prompts.
     """
@@ -95,22 +97,33 @@ class TextTask:
     predicted: Sequence[Pairs]
 
     @classmethod
-    def prepare(cls, seed: int, runs: Path) -> TextTask:
+    def of_four_kinds(cls, seed: int, runs: Path) -> TextTask:
         """With the reward of ``recipes/text_questions``, trained first if it is not there."""
         folder = runs / Path(TEXT).parent
         make_choices((RECIPES / TEXT).parent, folder)
         trained(TEXT, {}, seed, folder)
-        recipe = load_config(RECIPES / TEXT, RewardConfig)
-        pairs = pairs_by_prompt(recipe)
+        kinds = pure_kinds((RECIPES / TEXT).parent)
+        return cls._made(load_reward(folder_of(TEXT, {}, seed, folder)), TEXT, kinds)
+
+    @classmethod
+    def of_shipped(cls, seed: int, runs: Path) -> TextTask:
+        """With the reward that ships. The kinds are the people that its training held out."""
+        make_choices((RECIPES / SHIPPED).parent, runs / Path(SHIPPED).parent)
+        folder = shipped_conditioning(DEFAULT_MODEL)
+        assert folder is not None
+        data, split = heldout(load_config(RECIPES / SHIPPED, RewardConfig))
+        new = {data.preferences[row].user for row in split.heldout}
+        weights = everybody((RECIPES / SHIPPED).parent)
+        people = {user: weights[str(user)] for user in sorted(map(str, new))}
+        return cls._made(load_reward(folder / REWARD_DIR), SHIPPED, people)
+
+    @classmethod
+    def _made(cls, model: RewardModel, file: str, kinds: People) -> TextTask:
+        pairs = pairs_by_prompt(file, kinds)
         prompts = [sorted(pairs)[i] for i in np.random.default_rng(0).permutation(len(pairs))]
         half = len(prompts) // 2
-        _, kinds = pure_kinds((RECIPES / TEXT).parent)
-        return cls(
-            load_reward(folder_of(TEXT, {}, seed, folder)),
-            [mode_of(weights) for weights in kinds],
-            [pairs[prompt] for prompt in prompts[:half]],
-            [pairs[prompt] for prompt in prompts[half:]],
-        )
+        asked, predicted = ([pairs[p] for p in part] for part in (prompts[:half], prompts[half:]))
+        return cls(model, list(kinds), asked, predicted)
 
     def questions(self, rng: np.random.Generator, shape: tuple[int, ...]) -> Pairs:
         return drawn(self.asked, rng, shape)
@@ -133,11 +146,9 @@ def drawn(by_prompt: Sequence[Pairs], rng: np.random.Generator, shape: tuple[int
     return Pairs(*(torch.cat(parts)[rows] for parts in zip(*by_prompt, strict=True)))
 
 
-def pairs_by_prompt(recipe: RewardConfig) -> dict[str, Pairs]:
-    """All pairs of answers that the choices show for each prompt the recipe's training held out."""
-    scale, kinds = pure_kinds((RECIPES / TEXT).parent)
+def heldout(recipe: RewardConfig) -> tuple[PreferenceData, Split]:
+    """The choices a recipe is about, and which of them its training does not see."""
     assert recipe.data.kind == "preferences"
-    assert recipe.options is not None
     data = read_preferences(recipe.data.files, pairs_only=True)
     split = split_preferences(
         data,
@@ -145,6 +156,15 @@ def pairs_by_prompt(recipe: RewardConfig) -> dict[str, Pairs]:
         heldout_prompts=recipe.data.heldout_prompts,
         seed=recipe.data.split_seed,
     )
+    return data, split
+
+
+def pairs_by_prompt(file: str, kinds: People) -> dict[str, Pairs]:
+    """All pairs of answers that the choices show for each prompt the recipe's training held out."""
+    scale = scale_of((RECIPES / file).parent)
+    recipe = load_config(RECIPES / file, RewardConfig)
+    data, split = heldout(recipe)
+    assert recipe.options is not None
     embed, read_by, _ = option_reader(recipe.options)
     chosen, rejected, _ = embed_preferences(
         data, embed, cache=recipe.options.file, fingerprint=read_by
@@ -153,31 +173,33 @@ def pairs_by_prompt(recipe: RewardConfig) -> dict[str, Pairs]:
     for preference, of_chosen, of_rejected in zip(data.preferences, chosen, rejected, strict=True):
         vectors.setdefault((preference.prompt, preference.chosen), of_chosen)
         vectors.setdefault((preference.prompt, preference.rejected), of_rejected)
-    heldout = {data.preferences[row].prompt for row in split.heldout}
-    texts: dict[str, list[str]] = {prompt: [] for prompt in heldout}
+    new = {data.preferences[row].prompt for row in split.heldout}
+    texts: dict[str, list[str]] = {prompt: [] for prompt in new}
     for prompt, text in vectors:
-        if prompt in heldout:
+        if prompt in new:
             texts[prompt].append(text)
     found = {}
     numbers = itertools.count()
     for prompt in sorted(texts):
-        both = list(itertools.combinations(texts[prompt], 2))
+        both = list(itertools.combinations(range(len(texts[prompt])), 2))
         if not both:
             continue
-        gaps = [
-            [utility(weights, a, scale) - utility(weights, b, scale) for weights in kinds]
-            for a, b in both
-        ]
-        options = [torch.stack([vectors[prompt, a], vectors[prompt, b]]) for a, b in both]
+        one, other = map(list, zip(*both, strict=True))
+        worth = torch.tensor(
+            [[utility(w, text, scale) for w in kinds.values()] for text in texts[prompt]],
+            dtype=torch.float64,
+        )
+        options = torch.stack([vectors[prompt, text] for text in texts[prompt]])
         found[prompt] = Pairs(
-            torch.stack(options),
-            torch.sigmoid(torch.tensor(gaps, dtype=torch.float64)),
+            torch.stack([options[one], options[other]], dim=1),
+            torch.sigmoid(worth[one] - worth[other]),
             torch.tensor([next(numbers) for _ in both]),
         )
     return found
 
 
-TASKS: Mapping[str, type[SyntheticTask] | type[TextTask]] = {
-    "synthetic": SyntheticTask,
-    "text": TextTask,
+TASKS: Mapping[str, Callable[[int, Path], Task]] = {
+    "synthetic": SyntheticTask.prepare,
+    "text": TextTask.of_four_kinds,
+    "shipped": TextTask.of_shipped,
 }

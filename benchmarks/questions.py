@@ -2,10 +2,13 @@
 
     python -m benchmarks.questions synthetic --json benchmarks/results/cpu/questions.json
     python -m benchmarks.questions text --json benchmarks/results/cpu/questions_text.json
+    python -m benchmarks.questions shipped --json benchmarks/results/cpu/questions_shipped.json
 
 `synthetic`: the two kinds of people of `python -m benchmarks.rewards synthetic`. `text`: the four
 of `recipes/text_questions`, who are asked about answers to prompts that no training saw. Rewards
-are trained first if they are not in the folder of runs. Every simulated user, equally many of every
+are trained first if they are not in the folder of runs. `shipped`: the reward that ships, and the
+people of `recipes/smollm2_135m` that no training saw, each a kind of their own; seeds are only
+those of the questions. Every simulated user, equally many of every
 kind, answers question after question; each is taken from a fresh pool of random pairs, the same for
 both ways of asking: the pair of largest expected information gain, or the first of the pool. No
 user meets a pair twice. After every answer the prediction of other pairs is measured.
@@ -33,7 +36,7 @@ from fssa_runtime.training.reward import RewardModel
 # share is to be reached.
 SHARE_OF_CEILING = 0.9
 ASKED_AT_ONCE = 50
-QUESTIONS = {"synthetic": 8, "text": 16}
+QUESTIONS = {"synthetic": 8, "text": 16, "shipped": 16}
 
 
 def main() -> int:
@@ -45,7 +48,7 @@ def main() -> int:
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated (default: 0,1,2)")
     parser.add_argument("--users", type=int, default=1000)
-    parser.add_argument("--questions", type=int, help="for each user (default: 8, on text 16)")
+    parser.add_argument("--questions", type=int, help="for each user (default: 8, on texts 16)")
     parser.add_argument("--pool", type=int, default=20, help="candidates for every question")
     parser.add_argument("--targets", type=int, default=40, help="pairs predicted after each answer")
     parser.add_argument("--samples", type=int, default=64, help="latents drawn from a posterior")
@@ -56,7 +59,7 @@ def main() -> int:
     runs = []
     arguments.questions = arguments.questions or QUESTIONS[arguments.task]
     for seed in seeds:
-        task = TASKS[arguments.task].prepare(seed, arguments.runs)
+        task = TASKS[arguments.task](seed, arguments.runs)
         curves = {way: ask(task, way == "active", seed, arguments) for way in ("active", "random")}
         needed = {way: choices_needed(curve, task.ceiling) for way, curve in curves.items()}
         runs.append({"seed": seed, "accuracy": curves, "choices_needed": needed})
