@@ -255,7 +255,11 @@ def questions() -> str:
         f"| answers | {' | '.join(map(str, counts))} | needed |",
         "|---|" + "---|" * (len(counts) + 1),
     ]
-    for file, task in (("questions.json", "synthetic"), ("questions_text.json", "text")):
+    for file, task in (
+        ("questions.json", "synthetic"),
+        ("questions_text.json", "text"),
+        ("questions_shipped.json", "shipped"),
+    ):
         result = read(file)
         if result is None:
             lines.append(f"| {task} | {NOT_MEASURED} |")
@@ -267,6 +271,23 @@ def questions() -> str:
             needed = _seeds(mean["choices_needed"][way], 1, 2)
             name = f"{task} (best {best}), {title}, %"
             lines.append(f"| {name} | {' | '.join(cells)} | {needed} |")
+    return "\n".join(lines)
+
+
+def user_updates() -> str:
+    """What one more choice costs, and what all of them do."""
+    result = read("user_updates.json")
+    if result is None:
+        return NOT_MEASURED
+    lines = [
+        "| choices known | one more, ms | … without reading its answers, ms | all anew, ms |",
+        "|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        lines.append(
+            f"| {row['known']} | {row['one_more_ms']:.0f} | {row['without_reading_ms']:.1f} | "
+            f"{row['all_anew_ms']:.0f} |"
+        )
     return "\n".join(lines)
 
 
@@ -426,6 +447,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "people": people,
     "policies": policies,
     "questions": questions,
+    "user_updates": user_updates,
     "implicit_reward": implicit_reward,
 }
 
