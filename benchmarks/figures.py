@@ -228,6 +228,9 @@ FIGURES = {
     "people_electricity": Drawing(People, draw_people, "Choices of new households"),
     "questions": Drawing(Questions, draw_questions, "Chosen and random questions"),
     "questions_text": Drawing(Questions, draw_questions, "Chosen and random questions on text"),
+    "questions_shipped": Drawing(
+        Questions, draw_questions, "Chosen and random questions to the reward that ships"
+    ),
     "policies": Drawing(Policies, draw_policies, "Policies between floor and ceiling"),
     "swap_test": Drawing(SwapTest, draw_swap_test, "The swap test"),
     "text_study_swap_test": Drawing(SwapTest, draw_swap_test, "The swap test of the text study"),

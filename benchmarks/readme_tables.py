@@ -268,7 +268,7 @@ def questions() -> str:
         for way, title in (("random", "random questions"), ("active", "chosen questions")):
             curve = mean["accuracy"][way]
             cells = [_seeds(curve[n], 100, 1) if n < len(curve) else "" for n in counts]
-            needed = _seeds(mean["choices_needed"][way], 1, 2)
+            needed = _seeds(mean["choices_needed"][way], 1, 2) or f"> {len(curve) - 1}"
             name = f"{task} (best {best}), {title}, %"
             lines.append(f"| {name} | {' | '.join(cells)} | {needed} |")
     return "\n".join(lines)
@@ -400,8 +400,8 @@ def serving() -> str:
         "In brackets: how many times as fast every request another user is, round by round. Times "
         "are medians, in brackets the 95th percentile; in time are requests whose tokens all came "
         "within the objectives. The loads are "
-        f"{result['settings']['load']:.0%} of what these hold: "
-        + "; ".join(SERVING_SIDES[load["share_of"]].strip("*") for load in loads)
+        f"{result['settings']['load']:.0%} of what is held by: "
+        + "; ".join(dict.fromkeys(SERVING_SIDES[load["share_of"]].strip("*") for load in loads))
         + ".",
     ]
     if result["absent"]:

@@ -17,6 +17,7 @@ from fssa_runtime.cli import main
 from fssa_runtime.conditioning.checkpoint import WEIGHTS_FILE
 from fssa_runtime.demo import USERS_FILE, shipped_conditioning
 from fssa_runtime.engine.engine import Engine
+from fssa_runtime.llm import LLM
 from fssa_runtime.models.language_model import LanguageModel
 from fssa_runtime.models.packed import PackedOptions
 from fssa_runtime.models.pull import DEFAULT_MODEL
@@ -137,8 +138,34 @@ def test_the_demo(real_model_name: str, tmp_path: Path) -> None:
 
 def test_the_shipped_checkpoint_is_small_and_has_users() -> None:
     folder = shipped_conditioning(DEFAULT_MODEL)
-    assert sum(file.stat().st_size for file in folder.iterdir()) <= 8_000_000
+    assert sum(file.stat().st_size for file in folder.rglob("*")) <= 8_000_000
     assert (folder / WEIGHTS_FILE).is_file()
     users = read_users(folder / USERS_FILE)
     assert len(users) >= 4
     assert all(1 <= len(user.choices) <= 10 for user in users)
+
+
+def test_the_shipped_reward_says_what_to_ask(real_model_name: str) -> None:
+    """Of who is unknown, nothing by a choice between answers that are alike; of who has said that
+    answers should be short, nothing by a choice between short and long."""
+    llm = LLM(real_model_name)
+    long = (
+        "Bread is a staple food that people have made from flour and water for thousands of years. "
+        "It is baked in an oven, on a stone or in ashes, and there are as many kinds as there "
+        "are places in which it is eaten every day."
+    )
+    listed = "1. Flour: the base of the dough.\n2. Water: to bind it.\n3. Salt: for the taste."
+    candidates = [
+        ("What is bread?", "Dough that was baked.", "Baked dough."),
+        ("What is bread?", "Baked dough.", long),
+        ("What is bread?", "Bread is a food made of flour and water, and of salt.", listed),
+    ]
+    users = {u.name: u for u in read_users(shipped_conditioning(DEFAULT_MODEL) / USERS_FILE)}
+    assert users["Ana"].weights == {"length": -3.0, "lists": 0.0}
+    llm.users.infer("new", [])
+    llm.users.infer("Ana", users["Ana"].choices)
+    alike, length, lists = llm.users.suggest_next_pair("new", candidates).information
+    assert min(length, lists) > 10 * alike
+    found = llm.users.suggest_next_pair("Ana", candidates)
+    assert found.best == 2
+    assert found.information[1] < length / 10
