@@ -18,7 +18,7 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
 
 
 def test_every_part_is_timed(llm: LLM) -> None:
-    found = measure(llm, CHOICES, "float32")
+    found = measure(llm, CHOICES)
     assert set(found) == {"one_more_ms", "without_reading_ms", "all_anew_ms"}
     assert min(found.values()) > 0
     assert len(llm.users["somebody"].choices) == len(CHOICES)
@@ -29,7 +29,7 @@ def test_a_choice_that_was_not_learnt_is_no_measurement(
 ) -> None:
     monkeypatch.setattr(Users, "add_choices", lambda self, name, choices: self[name])
     with pytest.raises(ValueError, match=r"2 choices: the latent of one more .* differ by"):
-        measure(llm, CHOICES[:2], "float32")
+        measure(llm, CHOICES[:2])
 
 
 def test_choices_are_between_answers_to_different_prompts() -> None:
