@@ -33,7 +33,7 @@ class Hold {
 void Graph::add(std::shared_ptr<const Call> call) {
   const Call& added = *call;
   if (keys_.emplace(typeid(added), added.check_key()).second) checked_.push_back(&added);
-  if (added.first_read(Team(0, 1, nullptr)).bytes > 0) {
+  if (added.first_read(Team(0, 1, nullptr, nullptr)).bytes > 0) {
     for (auto after = reader_after_.rbegin(); after != reader_after_.rend() && !*after; ++after) {
       *after = &added;
     }

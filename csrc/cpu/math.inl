@@ -13,8 +13,9 @@ FSSA_INLINE void prefetch(const void* p) {
 #endif
 }
 
-// Hides from the compiler how `value` was made, so that it stays in a register.
-FSSA_INLINE void opaque(int64_t& value) {
+// Hides from the compiler how `value`, a number or a pointer, was made, so that it stays in a register.
+template <typename T>
+FSSA_INLINE void opaque(T& value) {
 #if defined(__GNUC__)
   asm("" : "+r"(value));
 #else

@@ -106,32 +106,66 @@ FSSA_INLINE Range product_share(const Team& team, int64_t shrink_tiles, int64_t 
   return {bound(team.index()), bound(team.index() + 1)};
 }
 
-// This thread's part of the product, by tiles. `ready` as in `tile`.
+// The tiles of a product in the order in which they are computed: in chunks of rows whose x stays in
+// L2 while the panels pass, and there panel by panel.
+struct Tiles {
+  static constexpr int64_t kChunkBytes = 256 * 1024;
+
+  int64_t num_panels, tiles, chunks;
+
+  FSSA_INLINE_MEMBER Tiles(int64_t num_panels, int64_t num_tokens, int64_t row_bytes)
+      : num_panels(num_panels), tiles(num_tiles(num_tokens)) {
+    const int64_t chunk_tiles = larger(1, kChunkBytes / larger(1, row_bytes) / kMaxRows);
+    chunks = (tiles + chunk_tiles - 1) / chunk_tiles;
+  }
+
+  FSSA_INLINE_MEMBER int64_t size() const { return num_panels * tiles; }
+  FSSA_INLINE_MEMBER Range of_chunk(int64_t chunk) const {
+    return {tiles * chunk / chunks, tiles * (chunk + 1) / chunks};
+  }
+};
+
+// A tile that another thread offered, whose panel nobody has brought.
+template <typename T, typename X, typename Ready>
+FSSA_INLINE void help(const ModulatedLinearCall& a, const Input<X>& input, const Tiles& tiles,
+                      const Runs& rows, int64_t index, const Ready& ready, Ahead& ahead) {
+  int64_t chunk = 0;
+  while (index >= tiles.num_panels * tiles.of_chunk(chunk).last) ++chunk;
+  const Range of_chunk = tiles.of_chunk(chunk);
+  const int64_t height = of_chunk.last - of_chunk.first;
+  const int64_t in_chunk = index - tiles.num_panels * of_chunk.first;
+  const int64_t tile = of_chunk.first + in_chunk % height, first = rows.begin(tile);
+  tile_of<kMaxRows, T>(rows.begin(tile + 1) - first, a, input, first, in_chunk / height, ready,
+                       ahead);
+}
+
+// This thread's part of the product, by tiles, and of what others have left. `ready` as in `tile`.
 template <typename T, typename X, typename Ready>
 FSSA_INLINE void product(const ModulatedLinearCall& a, const Input<X>& input, int64_t num_tokens,
                          Team& team, const Ready& ready) {
-  // Tiles in chunks whose x stays in L2 while the panels pass.
-  constexpr int64_t kChunkBytes = 256 * 1024;
-  const int64_t row_bytes = larger(1, a.in_features * static_cast<int64_t>(sizeof(X)));
-  const int64_t num_panels = a.num_panels(), tiles = num_tiles(num_tokens);
-  const int64_t chunk_tiles = larger(1, kChunkBytes / row_bytes / kMaxRows);
-  const int64_t chunks = (tiles + chunk_tiles - 1) / chunk_tiles;
+  const Tiles tiles(a.num_panels(), num_tokens, a.in_features * static_cast<int64_t>(sizeof(X)));
   const bool shrinks = a.family != Family::kNone && a.family != Family::kFactors;
   const Range mine =
-      product_share(team, shrinks ? a.shrink_halves() * tiles : 0, num_panels * tiles);
-  const Runs rows(num_tokens, tiles);
+      product_share(team, shrinks ? a.shrink_halves() * tiles.tiles : 0, tiles.size());
+  // Where the memory binds, a tile that was brought for one thread would cost another the same
+  // again.
+  const bool offered = tiles.tiles > 1 && team.size() > 1 && tiles.size() <= Share::kMaxPieces;
+  if (offered) team.offer(mine);
+  const Runs rows(num_tokens, tiles.tiles);
   Span* queue = team.meanwhile();
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    const Range of_chunk{tiles * chunk / chunks, tiles * (chunk + 1) / chunks};
-    const int64_t height = of_chunk.last - of_chunk.first, start = num_panels * of_chunk.first;
+  bool left = true;
+  for (int64_t chunk = 0; chunk < tiles.chunks && left; ++chunk) {
+    const Range of_chunk = tiles.of_chunk(chunk);
+    const int64_t height = of_chunk.last - of_chunk.first;
+    const int64_t start = tiles.num_panels * of_chunk.first;
     const int64_t begin = larger(mine.first, start);
-    const int64_t end = smaller(mine.last, start + num_panels * height);
+    const int64_t end = smaller(mine.last, start + tiles.num_panels * height);
     int64_t panel = (begin - start) / height, tile = of_chunk.first + (begin - start) % height;
     // While a panel is computed, the next one comes from memory and, since the low-rank term has
     // steps too, something of the one after it. With the last panel comes what follows.
     const char* const stop = a.panel((end - 1 - start) / height + 1);
     const char* brought = a.panel(panel + 1);
-    for (int64_t i = begin; i < end; ++panel, tile = of_chunk.first) {
+    for (int64_t i = begin; i < end && left; ++panel, tile = of_chunk.first) {
       fetch_expand(a, panel);
       const char* const bound = a.panel(panel + 2) + kLeadBytes;
       Ahead ahead{brought, bound < stop ? bound : stop, queue, team.meanwhile_end(), height > 1};
@@ -142,12 +176,19 @@ FSSA_INLINE void product(const ModulatedLinearCall& a, const Input<X>& input, in
       }
       brought = ahead.end;
       for (; tile < of_chunk.last && i < end; ++tile, ++i) {
+        left = !offered || team.take() >= 0;
+        if (!left) break;
         const int64_t first = rows.begin(tile);
         tile_of<kMaxRows, T>(rows.begin(tile + 1) - first, a, input, first, panel, ready, ahead);
       }
       if (ahead.queue == queue && ahead.at < brought) brought = ahead.at;
       queue = unread(ahead, queue);
     }
+  }
+  if (!offered) return;
+  Ahead ahead{nullptr, nullptr, queue, team.meanwhile_end(), true};
+  for (int64_t index = team.help(); index >= 0; index = team.help()) {
+    help<T>(a, input, tiles, rows, index, ready, ahead);
   }
 }
 

@@ -21,16 +21,11 @@ constexpr int64_t kStepBytes = kPanelColumns * 4;
 // How far beyond the next panel may be brought.
 constexpr int64_t kLeadBytes = 64 * 1024;
 
-template <int kRows, int kBytes>
-FSSA_INLINE void fetch(NothingAhead&) {}
+FSSA_INLINE bool is_halved(NothingAhead) { return false; }
+FSSA_INLINE bool is_halved(const Ahead& ahead) { return ahead.halved; }
 
 template <int kRows, int kBytes>
-FSSA_INLINE void fetch_bytes(Ahead& ahead) {
-  constexpr int kEvery = kRows < kBothLinesRows ? 128 : 64;
-  FSSA_UNROLL
-  for (int i = 0; i < kBytes; i += kEvery) prefetch(ahead.at + i);
-  ahead.at += kBytes;
-}
+FSSA_INLINE void fetch(NothingAhead) {}
 
 template <int kRows, int kBytes>
 FSSA_INLINE void fetch(Ahead& ahead) {
@@ -40,10 +35,19 @@ FSSA_INLINE void fetch(Ahead& ahead) {
     ahead.end = ahead.at + ahead.queue->bytes;
     ++ahead.queue;
   }
-  if (ahead.halved) {
-    fetch_bytes<kRows, kBytes / 2>(ahead);
+  constexpr int kEvery = kRows < kBothLinesRows ? 128 : 64;
+  FSSA_UNROLL
+  for (int i = 0; i < kBytes; i += kEvery) prefetch(ahead.at + i);
+  ahead.at += kBytes;
+}
+
+// The same for a step of any tile: half of it where half is enough.
+template <int kRows, int kBytes, typename Next>
+FSSA_INLINE void fetch_some(Next& ahead) {
+  if (is_halved(ahead)) {
+    fetch<kRows, kBytes / 2>(ahead);
   } else {
-    fetch_bytes<kRows, kBytes>(ahead);
+    fetch<kRows, kBytes>(ahead);
   }
 }
 
@@ -72,31 +76,43 @@ struct ScatteredRows {
   FSSA_INLINE_MEMBER void advance(int64_t columns) { column += columns; }
 };
 
-// Rows of x a constant distance apart. A register for every four of them and two for the distance:
-// a dozen pointers are more than the machine has registers for, and moving them in and out cost 7 %
-// of a product that is bound by its multiplications.
+// Rows of x a constant distance apart. A register for every four of them and two for the distance,
+// in bytes, name every element of a step in the instruction that reads it. A dozen pointers are more
+// than the machine has registers for; so are the sums that a compiler makes ahead of a loop, where
+// it sees that these numbers stay as they are.
 template <int kRows, typename T>
 struct SpacedRows {
   using Value = T;
+  static constexpr int kFours = (kRows + 3) / 4;
+  static constexpr int64_t kSize = sizeof(T);
 
-  const T* fours[(kRows + 3) / 4];
+  const char* fours[kFours];
   int64_t distance, thrice;
 
   FSSA_INLINE_MEMBER SpacedRows(const T* first, int64_t stride)
-      : distance(stride), thrice(3 * stride) {
-    for (int r = 0; r < kRows; r += 4) fours[r / 4] = first + r * stride;
-    opaque(distance);
-    opaque(thrice);
+      : distance(stride * kSize), thrice(3 * distance) {
+    for (int i = 0; i < kFours; ++i) {
+      fours[i] = reinterpret_cast<const char*>(first + 4 * i * stride);
+    }
+    hide();
   }
 
   FSSA_INLINE_MEMBER const T* at(int r) const {
-    const T* four = fours[r / 4];
-    return r % 4 == 3 ? four + thrice : four + r % 4 * distance;
+    const int64_t from_four = r % 4 == 3 ? thrice : r % 4 * distance;
+    return reinterpret_cast<const T*>(fours[r / 4] + from_four);
   }
 
   FSSA_INLINE_MEMBER void advance(int64_t columns) {
     FSSA_UNROLL
-    for (int i = 0; i < (kRows + 3) / 4; ++i) fours[i] += columns;
+    for (int i = 0; i < kFours; ++i) fours[i] += columns * kSize;
+    hide();
+  }
+
+  FSSA_INLINE_MEMBER void hide() {
+    FSSA_UNROLL
+    for (int i = 0; i < kFours; ++i) opaque(fours[i]);
+    opaque(distance);
+    opaque(thrice);
   }
 };
 
@@ -139,6 +155,29 @@ FSSA_INLINE void add_column(const Rows& x, const uint32_t* w, Vec (&acc)[kRows][
   }
 }
 
+// acc += x W^T for the first `eights` times eight columns of x, which x and w pass. Eight at a time:
+// whatever a step does beside multiplying costs time where another thread has half of the core.
+// Where all that a step reads is asked for, it is in two parts: more at once would keep the words of
+// this step waiting.
+template <int kBytes, bool kHalved, int kRows, int kHalves, typename Rows, typename Next,
+          typename Apart>
+FSSA_INLINE void add_eights(Rows& x, const uint32_t*& w, int64_t eights,
+                            Vec (&acc)[kRows][kHalves], Next& ahead, int64_t step, Apart apart) {
+  for (const uint32_t* const end = w + 4 * eights * step; w != end; w += 4 * step) {
+    fetch<kRows, 2 * kBytes>(ahead);
+    add_column<0>(x, w, acc, apart);
+    add_column<1>(x, w, acc, apart);
+    add_column<2>(x, w + step, acc, apart);
+    add_column<3>(x, w + step, acc, apart);
+    if constexpr (!kHalved) fetch<kRows, 2 * kBytes>(ahead);
+    add_column<4>(x, w + 2 * step, acc, apart);
+    add_column<5>(x, w + 2 * step, acc, apart);
+    add_column<6>(x, w + 3 * step, acc, apart);
+    add_column<7>(x, w + 3 * step, acc, apart);
+    x.advance(8);
+  }
+}
+
 // acc += x W^T for kRows rows and the first kHalves halves at `panel`, of a packed matrix [*, k]
 // whose next column pair is `step` words away.
 template <int kAheadBytes = kStepBytes, int kRows, int kHalves, typename Rows, typename Next,
@@ -148,15 +187,12 @@ FSSA_INLINE void accumulate(Rows x, const BFloat16* panel, int64_t k, Vec (&acc)
   const uint32_t* w = reinterpret_cast<const uint32_t*>(panel);
   int64_t p = 0;
   if constexpr (sizeof(typename Rows::Value) == 4) {
-    // Two pairs at a time: what a step does beside multiplying is a sixth of its instructions.
-    for (; p + 2 <= k / 2; p += 2, w += 2 * step) {
-      fetch<kRows, 2 * kAheadBytes>(ahead);
-      add_column<0>(x, w, acc, apart);
-      add_column<1>(x, w, acc, apart);
-      add_column<2>(x, w + step, acc, apart);
-      add_column<3>(x, w + step, acc, apart);
-      x.advance(4);
+    if (is_halved(ahead)) {
+      add_eights<kAheadBytes, true>(x, w, k / 8, acc, ahead, step, apart);
+    } else {
+      add_eights<kAheadBytes, false>(x, w, k / 8, acc, ahead, step, apart);
     }
+    p = k / 8 * 4;
   }
   for (; p < k / 2; ++p, w += step) {
     if constexpr (sizeof(typename Rows::Value) == 4) {
@@ -166,7 +202,7 @@ FSSA_INLINE void accumulate(Rows x, const BFloat16* panel, int64_t k, Vec (&acc)
       Pairs columns[kHalves];
       FSSA_UNROLL
       for (int h = 0; h < kHalves; ++h) columns[h] = load_pairs(w + kHalfColumns * h);
-      fetch<kRows, kAheadBytes>(ahead);
+      fetch_some<kRows, kAheadBytes>(ahead);
       FSSA_UNROLL
       for (int r = 0; r < kRows; ++r) {
         FSSA_UNROLL
@@ -199,7 +235,7 @@ FSSA_INLINE void accumulate(Rows x, const float* panel, int64_t k, Vec (&acc)[kR
     Vec columns[kHalves];
     FSSA_UNROLL
     for (int h = 0; h < kHalves; ++h) columns[h] = load(w + kHalfColumns * h);
-    fetch<kRows, kAheadBytes>(ahead);
+    fetch_some<kRows, kAheadBytes>(ahead);
     FSSA_UNROLL
     for (int r = 0; r < kRows; ++r) {
       FSSA_UNROLL

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstdint>
 #include <thread>
+#include <vector>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -30,13 +31,44 @@ inline void relax() {
 #endif
 }
 
+// A thread's share of some pieces of work, which it takes from the front and others, once they have
+// none of their own left, from the back: so that nobody waits for a thread whose core is slower.
+class alignas(64) Share {
+ public:
+  static constexpr int64_t kMaxPieces = UINT32_MAX;
+
+  void set(Range pieces) {
+    bounds_.store(static_cast<uint64_t>(pieces.first) << 32 | static_cast<uint64_t>(pieces.last),
+                  std::memory_order_release);
+  }
+
+  // The piece that is taken, -1 where none is left.
+  int64_t take_first() { return take(true); }
+  int64_t take_last() { return take(false); }
+
+ private:
+  int64_t take(bool front) {
+    uint64_t bounds = bounds_.load(std::memory_order_acquire);
+    for (;;) {
+      const uint64_t first = bounds >> 32, last = bounds & UINT32_MAX;
+      if (first >= last) return -1;
+      const uint64_t rest = front ? (first + 1) << 32 | last : first << 32 | (last - 1);
+      if (bounds_.compare_exchange_weak(bounds, rest, std::memory_order_acq_rel)) {
+        return static_cast<int64_t>(front ? first : last - 1);
+      }
+    }
+  }
+
+  std::atomic<uint64_t> bounds_{0};
+};
+
 // One thread's view of its team. arrive() and wait() are the two halves of a barrier: whatever a
 // thread wrote before it arrived is seen by those that have waited, and work that needs nothing
 // from the others fits in between. Every thread must wait for a phase before it arrives again.
 class Team {
  public:
-  Team(int index, int size, std::atomic<int64_t>* arrivals)
-      : index_(index), size_(size), arrivals_(arrivals) {}
+  Team(int index, int size, std::atomic<int64_t>* arrivals, Share* shares)
+      : index_(index), size_(size), arrivals_(arrivals), shares_(shares) {}
 
   int index() const { return index_; }
   int size() const { return size_; }
@@ -81,12 +113,29 @@ class Team {
     return {count * index_ / size_, count * (index_ + 1) / size_};
   }
 
+  // Pieces of this thread that others may take as well, until the next barrier. The work must come
+  // out the same whoever does it, and those before the last barrier must all have been taken.
+  void offer(Range pieces) { shares_[index_].set(pieces); }
+
+  // The first of them that nobody has taken, -1 where none is left.
+  int64_t take() { return shares_[index_].take_first(); }
+
+  // One that another thread offers and has not begun, -1 where there is none.
+  int64_t help() {
+    for (int other = 1; other < size_; ++other) {
+      const int64_t piece = shares_[(index_ + other) % size_].take_last();
+      if (piece >= 0) return piece;
+    }
+    return -1;
+  }
+
  private:
   static constexpr int kMaxSpins = 2000;
 
   int index_;
   int size_;
   std::atomic<int64_t>* arrivals_;
+  Share* shares_;
   int64_t due_ = 0;
   Span upcoming_;
   Span* meanwhile_ = nullptr;
@@ -100,16 +149,18 @@ void run_team(int num_threads, const Work& work) {
   std::atomic<int64_t> arrivals{0};
 #ifdef _OPENMP
   if (num_threads > 1) {
+    std::vector<Share> shares(num_threads);
 #pragma omp parallel num_threads(num_threads)
     {
-      Team team(omp_get_thread_num(), omp_get_num_threads(), &arrivals);
+      Team team(omp_get_thread_num(), omp_get_num_threads(), &arrivals, shares.data());
       work(team);
     }
     return;
   }
 #endif
   (void)num_threads;
-  Team team(0, 1, &arrivals);
+  Share share;
+  Team team(0, 1, &arrivals, &share);
   work(team);
 }
 

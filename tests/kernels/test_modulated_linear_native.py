@@ -83,11 +83,20 @@ def test_a_row_is_bitwise_the_same_in_every_batch(family, dtype):
         assert torch.equal(native(part), whole[rows]), rows
 
 
-def test_result_does_not_depend_on_the_number_of_threads():
-    inputs = make(torch.bfloat16, family="gated", num_tokens=9, in_features=77, splits=(137, 18))
+@pytest.mark.parametrize(("num_tokens", "in_features"), [(9, 77), (330, 800)])
+def test_result_does_not_depend_on_the_number_of_threads(num_tokens, in_features):
+    """Few rows, and more than a chunk of them, whose tiles threads take from one another."""
+    inputs = make(
+        torch.bfloat16,
+        family="gated",
+        num_tokens=num_tokens,
+        in_features=in_features,
+        splits=(137, 18),
+    )
     one = native(inputs)
     torch.set_num_threads(3)
-    assert torch.equal(native(inputs), one)
+    for _ in range(20):
+        assert torch.equal(native(inputs), one)
 
 
 def test_calls_from_several_threads_do_not_disturb_each_other():
