@@ -66,6 +66,7 @@ template <int kRows, typename X, typename A>
 FSSA_NOINLINE void shrink_tile(const ModulatedLinearCall& a, const Input<X>& input, int64_t t,
                                int64_t half, Ahead ahead) {
   Vec acc[kRows][1];
+  FSSA_UNROLL
   for (int r = 0; r < kRows; ++r) acc[r][0] = broadcast(0.0f);
   const int64_t first = half * kHalfColumns, valid = smaller(kHalfColumns, a.width() - first);
   if (a.family == Family::kGated) {
@@ -74,8 +75,12 @@ FSSA_NOINLINE void shrink_tile(const ModulatedLinearCall& a, const Input<X>& inp
   const A* columns =
       packed_at<A>(a.lora_a.data, half * half_bytes(a.lora_a.dtype, a.in_features));
   accumulate(input.template rows<kRows>(t), columns, a.in_features, acc, ahead, kHalfColumns);
+  // In memory: the loop over them is too long to be unrolled.
+  Vec sums[kRows];
+  FSSA_UNROLL
+  for (int r = 0; r < kRows; ++r) sums[r] = acc[r][0];
   for (int r = 0; r < kRows; ++r) {
-    Vec value = acc[r][0];
+    Vec value = sums[r];
     const int64_t at = (t + r) * a.width() + first;
     if (a.family == Family::kGated) {
       value = mul(value, load_first_as(a.user_row(t + r, first), a.rows.dtype, 0, valid));

@@ -43,7 +43,9 @@ template <int kRows, int kVecs, typename T>
 FSSA_INLINE void mix(const T* const* values, int64_t num, const float* weights, float* out,
                      int64_t padded, int64_t d) {
   Vec acc[kRows][kVecs];
+  FSSA_UNROLL
   for (int r = 0; r < kRows; ++r) {
+    FSSA_UNROLL
     for (int c = 0; c < kVecs; ++c) acc[r][c] = load(out + r * padded + d + 16 * c);
   }
   for (int64_t j = 0; j < num; ++j) {
@@ -54,7 +56,9 @@ FSSA_INLINE void mix(const T* const* values, int64_t num, const float* weights, 
       for (int r = 0; r < kRows; ++r) add_product(acc[r][c], value, weights + r * kKeyBlock + j);
     }
   }
+  FSSA_UNROLL
   for (int r = 0; r < kRows; ++r) {
+    FSSA_UNROLL
     for (int c = 0; c < kVecs; ++c) store(out + r * padded + d + 16 * c, acc[r][c]);
   }
 }
@@ -93,20 +97,23 @@ FSSA_INLINE void mix_rows_of(int64_t rows, const T* const* values, int64_t num,
 
 // weights[j] = scale q . k_j for kRows rows from `row` on and the keys from `first` on, 16 * kGroups
 // at a time, as far as those of `num_keys` are whole. Returns the first key that is left.
-template <int kRows, int kGroups, typename T, typename Q>
-FSSA_INLINE int64_t score_groups(const AttentionCall& a, const Q* const* q,
-                                 const AttentionScratch& s, int64_t row, int64_t first,
-                                 int64_t num_keys) {
+template <int kRows, int kGroups, typename T, typename Rows>
+FSSA_INLINE int64_t score_groups(const AttentionCall& a, const Rows& q, const AttentionScratch& s,
+                                 int64_t row, int64_t first, int64_t num_keys) {
   if constexpr (kRows * kGroups <= kMaxSums) {
     for (; first + 16 * (kGroups - 1) < num_keys; first += 16 * kGroups) {
       Vec acc[kRows][kGroups];
+      FSSA_UNROLL
       for (int r = 0; r < kRows; ++r) {
+        FSSA_UNROLL
         for (int g = 0; g < kGroups; ++g) acc[r][g] = broadcast(0.0f);
       }
-      accumulate(ScatteredRows<Q>{q}, reinterpret_cast<const T*>(s.keys + first), a.head_dim, acc,
-                 NothingAhead{}, kKeyBlock);
+      accumulate(q, reinterpret_cast<const T*>(s.keys + first), a.head_dim, acc, NothingAhead{},
+                 kKeyBlock);
+      FSSA_UNROLL
       for (int r = 0; r < kRows; ++r) {
         float* weights = s.weights + (row + r) * kKeyBlock + first;
+        FSSA_UNROLL
         for (int g = 0; g < kGroups; ++g) {
           store(weights + 16 * g, mul(acc[r][g], broadcast(a.scale)));
         }
@@ -133,20 +140,18 @@ constexpr bool kWidensQueries = sizeof(T) == 2 && kWidenedRows < INT64_MAX;
 template <int kRows, typename T>
 FSSA_NOINLINE void score_rows(const AttentionCall& a, const AttentionPiece& piece,
                               const AttentionScratch& s, int64_t row, int64_t num_keys) {
-  const auto score = [&](const auto* const* q) {
+  const auto score = [&](const auto& q) {
     int64_t first = score_groups<kRows, 4, T>(a, q, s, row, 0, num_keys);
     first = score_groups<kRows, 2, T>(a, q, s, row, first, num_keys);
     score_groups<kRows, 1, T>(a, q, s, row, first, num_keys);
   };
   if constexpr (kWidensQueries<T>) {
-    const float* q[kRows];
     const int64_t padded = (a.head_dim + 15) / 16 * 16;
-    for (int r = 0; r < kRows; ++r) q[r] = s.queries + (row + r) * padded;
-    score(q);
+    score(SpacedRows<kRows, float>(s.queries + row * padded, padded));
   } else {
     const T* q[kRows];
     for (int r = 0; r < kRows; ++r) q[r] = query<T>(a, piece, row + r);
-    score(q);
+    score(ScatteredRows<T>{q});
   }
 }
 
@@ -273,7 +278,7 @@ FSSA_INLINE void attend(const AttentionCall& a, const AttentionPiece& piece,
     // Values come from memory while the scores are computed, and the next keys after that.
     for (int64_t j = 0; j < num; ++j) fetch_row(values[j], a.head_dim);
     for (int64_t j = 0; j < num; j += 16) turn_round(s.keys + j, keys + j, a.head_dim);
-    constexpr int kScoreRows = kMaxRows < 8 ? kMaxRows : 8, kMixRows = kMaxRows < 8 ? 3 : 4;
+    constexpr int kScoreRows = kMaxRows < 8 ? kMaxRows : 8, kMixRows = kMaxRows < 8 ? kMaxRows : 4;
     for (int64_t row = 0; row < num_rows; row += kScoreRows) {
       score_rows_of<kScoreRows, T>(num_rows - row, a, piece, s, row, num);
     }
