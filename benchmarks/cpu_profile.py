@@ -2,7 +2,9 @@
 
     python -m benchmarks.cpu_profile --batch 1,8,32 --json FILE
 
-The recorded step of `benchmarks.cpu_decode`, timed inside the native call; the two sides in turn.
+The recorded step of `benchmarks.cpu_decode`, timed inside the native call; the two sides in turn,
+and after them what the cores multiply and add a second with everything in registers, which the
+products are held against.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -30,6 +33,7 @@ from fssa_runtime.threads import set_threads
 ROWS = ("base only", "all distinct")
 LINEARS = ("qkv", "o", "gate_up", "down")
 PAGE = 16  # tokens, of `Engine`
+REGISTER_STEPS = 5_000_000  # tens of milliseconds
 
 
 def parts(names: Sequence[str]) -> list[str]:
@@ -66,6 +70,12 @@ def profile(ours: Ours, row: str, batch: int, keys: int, repeats: int) -> dict[s
     return result
 
 
+def products_rate(ours: Ours, row: str, batch: int, step: dict[str, float]) -> float:
+    """FLOP a second of one step's linears and vocabulary head."""
+    seconds = sum(step[part] for part in (*LINEARS, "head")) / 1e3
+    return batch * ours.token_flop(row, 0) / seconds
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the profile."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -88,23 +98,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("sizes and rounds must be at least 1, keys at most 240")
     set_threads(options.threads)
     ours = Ours(LanguageModel.load(options.model, dtype="bfloat16"), max(batches), 512)
-    result: dict[str, Any] = {"machine": machine(), "keys": options.keys, "steps": {}, "raw": {}}
+    result: dict[str, Any] = {"machine": machine(), "keys": options.keys}
+    result |= {
+        "steps": {},
+        "fraction_of_multiply_add": {},
+        "multiply_add_flop_per_s": {},
+        "raw": {},
+    }
     for batch in batches:
         raw: dict[str, list[dict[str, float]]] = {row: [] for row in ROWS}
+        limits: list[float] = []
         for _ in range(options.rounds):
             for row in ROWS:
                 raw[row].append(profile(ours, row, batch, options.keys, 4))
+            limits.append(NATIVE.multiply_add_rate(REGISTER_STEPS, torch.get_num_threads()))
         steps = {
             row: {part: statistics.median(r[part] for r in rounds) for part in rounds[0]}
             for row, rounds in raw.items()
         }
+        fractions = {
+            row: statistics.median(
+                products_rate(ours, row, batch, step) / limit
+                for step, limit in zip(raw[row], limits, strict=True)
+            )
+            for row in ROWS
+        }
         result["raw"][str(batch)], result["steps"][str(batch)] = raw, steps
+        result["multiply_add_flop_per_s"][str(batch)] = limits
+        result["fraction_of_multiply_add"][str(batch)] = fractions
         table = Table(title=f"batch {batch}, ms a step", title_justify="left")
         for column in ("", *ROWS):
             table.add_column(column, justify="right" if column else "left")
         for part in steps[ROWS[0]]:
             table.add_row(part, *(f"{steps[row][part]:.3f}" for row in ROWS))
         table.add_row("sum", *(f"{sum(steps[row].values()):.3f}" for row in ROWS))
+        table.add_row("products ÷ registers", *(f"{fractions[row]:.2f}" for row in ROWS))
         console.print(table)
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <atomic>
 #include <chrono>
 
 #include "cpu/graph.h"
@@ -256,6 +257,21 @@ double stream_seconds(Address data, int64_t bytes, int num_threads) {
   return std::chrono::duration<double>(stop - start).count();
 }
 
+double multiply_add_rate(int64_t steps, int num_threads) {
+  std::atomic<int64_t> flop{0};
+  std::atomic<double> used{0.0};
+  float values[kMultiplyAddStart];
+  for (int i = 0; i < kMultiplyAddStart; ++i) values[i] = static_cast<float>(i);
+  const auto start = std::chrono::steady_clock::now();
+  run_team(num_threads, [&](Team&) {
+    int64_t own = 0;
+    used = kernels().multiply_add(steps, values, own);
+    flop += own;
+  });
+  const auto stop = std::chrono::steady_clock::now();
+  return static_cast<double>(flop) / std::chrono::duration<double>(stop - start).count();
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -268,6 +284,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("set_instruction_set", &set_instruction_set, py::arg("name"));
   m.def("stream_seconds", &stream_seconds, NoGil(), py::arg("data"), py::arg("bytes"),
         py::arg("num_threads"), "Time to read that memory once.");
+  m.def("multiply_add_rate", &multiply_add_rate, NoGil(), py::arg("steps"), py::arg("num_threads"),
+        "Floating-point operations a second, all in registers.");
   m.def("half_bytes", [](int code, int64_t k) { return half_bytes(dtype(code), k); });
   m.def("attention_scratch", &AttentionCall::thread_scratch, py::arg("head_dim"));
   m.attr("MAX_NORMED_HEAD") = kMaxNormedHead;

@@ -10,7 +10,7 @@
 #include "rope_kv_write.inl"
 #include "paged_attention.inl"
 #include "sample.inl"
-#include "stream.inl"
+#include "limits.inl"
 
 namespace FSSA_ISA {
 
@@ -43,6 +43,6 @@ void run_attention(const AttentionCall& call, Team& team) {
                              FSSA_ISA::run_take_rows,      FSSA_ISA::run_norm,                 \
                              FSSA_ISA::run_rope,           FSSA_ISA::run_attention,            \
                              FSSA_ISA::chunk_stats,        FSSA_ISA::softmax_weights,          \
-                             FSSA_ISA::stream};                 \
+                             FSSA_ISA::stream,             FSSA_ISA::multiply_add};            \
     return set;                                                                                \
   }

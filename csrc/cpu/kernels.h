@@ -16,6 +16,9 @@ struct RopeCall;
 struct AttentionCall;
 struct ChunkStats;
 
+// Numbers that `multiply_add` begins with.
+constexpr int kMultiplyAddStart = 64;
+
 struct Kernels {
   const char* name;
   void (*modulated_linear)(const ModulatedLinearCall&, Team&);
@@ -27,6 +30,7 @@ struct Kernels {
   void (*softmax_weights)(const void* logits, DType dtype, int64_t first, int64_t count, float top,
                           float inverse_temperature, float* out);
   double (*stream)(const void* data, int64_t bytes, Team&);
+  double (*multiply_add)(int64_t steps, const float* start, int64_t& flop);
 };
 
 // The set in use: the best this machine has, unless another was set.

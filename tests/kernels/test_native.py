@@ -52,6 +52,12 @@ def test_as_good_as_torch_in_the_same_dtype(case, dtype):
     check_as_good_as_torch(case.op, inputs, "native")
 
 
+@pytest.mark.usefixtures("each_instruction_set")
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_the_rate_in_registers_is_one_a_machine_can_have(num_threads):
+    assert 1e7 < NATIVE.multiply_add_rate(100_000, num_threads) < 1e13 * num_threads
+
+
 def test_the_norm_leaves_the_next_linear_s_input_to_others():
     verdict = explain("residual_film_rms_norm", **by_name("residual_film_rms_norm", "shrink"))[0]
     assert verdict.reason == "cannot: the kernel has no product with lora_a"
