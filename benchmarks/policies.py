@@ -8,8 +8,8 @@ the prompt what costs no training. Between them stands NP-DPO, conditioned on n 
 and for prompts it never met, with the families of modulation at about equal numbers a user, and
 FiLM on every block, as in the paper. A run that is finished in the folder of runs, by the same
 recipe, is read and not repeated, one that was cut off goes on from its last checkpoint. What is not
-trained yet is taken from an earlier result if one is given (`--earlier`), and else left out of the
-comparison, which needs the floor and the ceilings.
+trained yet is taken from an earlier result if one is given (`--earlier`), seed by seed, and else
+left out of the comparison, which needs the floor and the ceilings.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fssa_runtime.errors import InputError
 from fssa_runtime.files import write_atomically
 from fssa_runtime.models.language_model import LanguageModel
 from fssa_runtime.threads import set_threads
-from fssa_runtime.training.commands import train_reward_command
+from fssa_runtime.training.commands import reward_by_recipe
 from fssa_runtime.training.policy import train_policy
 from fssa_runtime.training.policy_recipe import PolicyConfig
 from fssa_runtime.training.reward_recipe import RewardConfig
@@ -74,6 +74,15 @@ def variants(recipe: PolicyConfig) -> dict[str, PolicyConfig]:
     return {name: PolicyConfig.model_validate(base | changes) for name, changes in made.items()}
 
 
+def reward_in(dtype: str | None) -> RewardConfig:
+    """The recipe of the reward, its base model in that dtype (None: the recipe's own)."""
+    changed = load_config(RECIPES / "reward.yaml", RewardConfig).model_dump()
+    changed["train"]["overwrite"] = True
+    if dtype is not None:
+        changed["options"]["dtype"] = dtype
+    return RewardConfig.model_validate(changed)
+
+
 def planned(config: PolicyConfig, folder: Path, seed: int) -> tuple[PolicyConfig, dict | None]:
     """The recipe with its folder and seed, and the metrics of a run by it that is finished there.
 
@@ -101,22 +110,20 @@ def _with_train(config: PolicyConfig, settings: Mapping[str, Any]) -> PolicyConf
     return config.model_copy(update={"train": config.train.model_copy(update=settings)})
 
 
-def read_earlier(path: Path | None, seeds: Sequence[int]) -> dict[str, Any]:
-    """The runs by seed and the reward of a result file; nothing of either without one.
+def read_earlier(path: Path | None) -> tuple[dict[int, dict[str, Any]], Any]:
+    """The runs of a result file by their seed, and its reward; nothing of either without a file.
 
     Raises:
-        InputError: no such file, or with other seeds.
+        InputError: no such file, or not a result of this benchmark.
     """
     if path is None:
-        return {"runs": [{} for _ in seeds], "reward": None}
+        return {}, None
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        of = list(map(int, found["seeds"].split(",")))
+        found = json.loads(path.read_text(encoding="utf-8"))
+        seeds = map(int, found["seeds"].split(","))
+        return dict(zip(seeds, found["runs"], strict=True)), found["reward"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"--earlier {path}: {type(error).__name__}: {error}") from error
-    if of != list(seeds):
-        raise InputError(f"--earlier {path}: expected seeds {list(seeds)}, it has {of}")
-    return found
 
 
 def closed(runs: Mapping[str, Mapping[str, Any]], name: str, n: str) -> dict[str, Any]:
@@ -165,18 +172,19 @@ def main() -> int:
         "--earlier",
         type=Path,
         metavar="FILE",
-        help="a result of this benchmark with the same seeds, for what the folder of runs lacks",
+        help="a result of this benchmark, for what the folder of runs lacks of a seed",
     )
     parser.add_argument(
         "--dtype",
         choices=("bfloat16", "float32"),
-        help="of the base model (default: the recipe's; float32 is faster on a processor that "
+        help="of the base model (default: the recipes'; float32 is faster on a processor that "
         "has no bf16 products)",
     )
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--json", type=Path, help="where the result goes")
     options = parser.parse_args()
     recipe = load_config(RECIPES / "policy.yaml", PolicyConfig)
+    reward_recipe = reward_in(options.dtype)
     if options.dtype is not None:
         recipe = recipe.model_copy(update={"dtype": options.dtype})
     every = variants(recipe)
@@ -186,18 +194,18 @@ def main() -> int:
     set_threads(options.threads)
     seeds = list(map(int, options.seeds.split(",")))
     try:
-        earlier = read_earlier(options.earlier, seeds)
+        earlier, earlier_reward = read_earlier(options.earlier)
         make_choices(RECIPES, RUNS)
     except InputError as error:
         parser.error(str(error))
-    reward_recipe = load_config(RECIPES / "reward.yaml", RewardConfig)
     conditioned = {name for name, config in every.items() if config.init_encoder is not None}
     if finished(reward_recipe) is None and conditioned & set(options.only or every):
-        train_reward_command(RECIPES / "reward.yaml", resume=False, overwrite=True)
+        print("the reward whose encoder they begin with", flush=True)
+        reward_by_recipe(reward_recipe)
     model = LanguageModel.load(recipe.model, dtype=recipe.dtype, show_progress=True)
     by_seed = []
     sizes: dict[str, int] = {}
-    for seed, known in zip(seeds, earlier["runs"], strict=True):
+    for seed in seeds:
         runs: dict[str, Any] = {}
         for name, config in every.items():
             folder = RUNS / f"{name.replace(', ', '_').replace(' ', '_')}_seed{seed}"
@@ -210,8 +218,8 @@ def main() -> int:
                     "train_seconds": metrics["train_seconds"],
                     "dtype": config.dtype,
                 }
-            elif name in known:
-                runs[name] = known[name]
+            elif name in earlier.get(seed, {}):
+                runs[name] = earlier[seed][name]
             if name in runs:
                 accuracies = {n: e["accuracy"] for n, e in runs[name]["contexts"].items()}
                 print(f"{name}, seed {seed}: {accuracies}", flush=True)
@@ -229,7 +237,7 @@ def main() -> int:
         "seeds": options.seeds,
         "not_trained_yet": missing,
         "numbers_a_user": sizes,
-        "reward": finished(reward_recipe) or earlier["reward"],
+        "reward": finished(reward_recipe) or earlier_reward,
         "summary": summary(by_seed),
         "runs": by_seed,
     }

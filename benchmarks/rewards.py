@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.kept_runs import finished, without_folder
-from fssa_runtime.training.commands import option_reader, reading_progress
-from fssa_runtime.training.reward import RewardConfig, train_reward
+from fssa_runtime.training.commands import reward_by_recipe
+from fssa_runtime.training.reward import RewardConfig
 from fssa_runtime.training.trainer import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,17 +93,7 @@ def trained(file: str, data: Mapping[str, Any], seed: int, runs: Path) -> dict[s
     metrics = finished(config)
     if metrics is not None:
         return without_folder(metrics)
-    if config.options is None:
-        return without_folder(train_reward(config).metrics)
-    embed, read_by, base = option_reader(config.options)
-    result = train_reward(
-        config,
-        embed=embed,
-        embed_fingerprint=read_by,
-        base_fingerprint=base,
-        on_embedded=reading_progress(),
-    )
-    return without_folder(result.metrics)
+    return without_folder(reward_by_recipe(config).metrics)
 
 
 def folder_of(file: str, data: Mapping[str, Any], seed: int, runs: Path) -> Path:

@@ -30,7 +30,7 @@ from .population import (
     user_weights,
     write_preferences,
 )
-from .reward import Embed, RewardConfig, TextOptions, train_reward
+from .reward import Embed, RewardConfig, RewardResult, TextOptions, train_reward
 from .swap_test import SwapTestConfig, run_swap_test
 from .trainer import load_config, training_device
 
@@ -44,24 +44,7 @@ def train_reward_command(config_file: Path, *, resume: bool, overwrite: bool) ->
     config = _with_switches(load_config(config_file, RewardConfig), resume, overwrite)
     if config.data.kind != "synthetic":
         _need_files(config_file, config.data.files)
-    embed, fingerprint, base = None, None, None
-    if config.data.kind == "preferences":
-        if config.options is None:
-            raise InputError(
-                f"{config_file}: options: expected the base model that reads the text, got none"
-            )
-        try:
-            embed, fingerprint, base = option_reader(config.options, training_device(config.train))
-        except InputError as error:
-            reason = str(error).removeprefix("--model ")
-            raise InputError(f"{config_file}: options.model: {reason}") from error
-    result = train_reward(
-        config,
-        embed=embed,
-        embed_fingerprint=fingerprint,
-        base_fingerprint=base,
-        on_embedded=reading_progress(),
-    )
+    result = reward_by_recipe(config, where=str(config_file))
     if not process().is_main:
         return
     console = Console()
@@ -69,6 +52,32 @@ def train_reward_command(config_file: Path, *, resume: bool, overwrite: bool) ->
         if isinstance(measured, dict) and "contexts" in measured:
             _print_reward(console, split.replace("_", " "), measured)
     print(f"trained in {result.fit.seconds:.0f} s; written to {config.train.output_dir}")
+
+
+def reward_by_recipe(config: RewardConfig, *, where: str = "recipe") -> RewardResult:
+    """Train the reward of a recipe; options that are text are read by the base model it names.
+
+    Raises:
+        InputError: no such model, or none named; the message begins with ``where``.
+    """
+    embed, fingerprint, base = None, None, None
+    if config.data.kind == "preferences":
+        if config.options is None:
+            raise InputError(
+                f"{where}: options: expected the base model that reads the text, got none"
+            )
+        try:
+            embed, fingerprint, base = option_reader(config.options, training_device(config.train))
+        except InputError as error:
+            reason = str(error).removeprefix("--model ")
+            raise InputError(f"{where}: options.model: {reason}") from error
+    return train_reward(
+        config,
+        embed=embed,
+        embed_fingerprint=fingerprint,
+        base_fingerprint=base,
+        on_embedded=_reading_progress(),
+    )
 
 
 def _print_reward(console: Console, title: str, measured: dict[str, Any]) -> None:
@@ -214,7 +223,7 @@ def option_reader(
     return embed, f"{model.fingerprint}/{options.dtype}/{config.pooling}", model.fingerprint
 
 
-def reading_progress() -> Callable[[int, int], None]:
+def _reading_progress() -> Callable[[int, int], None]:
     """Tells how many options were read, a line every few seconds: in a terminal, file or pipe."""
     last = time.monotonic()
 

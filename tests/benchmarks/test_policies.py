@@ -17,6 +17,7 @@ from benchmarks.policies import (
     closed,
     planned,
     read_earlier,
+    reward_in,
     summary,
     variants,
 )
@@ -121,16 +122,22 @@ def test_conditioned_policies_see_every_kind_as_often_as_its_own_policy_does() -
 
 
 def test_an_earlier_result_stands_in_for_what_the_folder_of_runs_lacks(tmp_path: Path) -> None:
-    assert read_earlier(None, [0, 1]) == {"runs": [{}, {}], "reward": None}
+    assert read_earlier(None) == ({}, None)
     file = tmp_path / "policies.json"
-    result = {"seeds": "0,1", "runs": [{"a": 1}, {"a": 2}], "reward": {"b": 3}}
+    result = {"seeds": "0,2", "runs": [{"a": 1}, {"a": 2}], "reward": {"b": 3}}
     file.write_text(json.dumps(result))
-    assert read_earlier(file, [0, 1]) == result
-    with pytest.raises(InputError, match=r"expected seeds \[0\], it has \[0, 1\]"):
-        read_earlier(file, [0])
-    for content in ("{}", "[]", "not JSON"):
+    assert read_earlier(file) == ({0: {"a": 1}, 2: {"a": 2}}, {"b": 3})
+    for content in ("{}", "[]", "not JSON", json.dumps(result | {"seeds": "0"})):
         file.write_text(content)
         with pytest.raises(InputError, match="--earlier"):
-            read_earlier(file, [0])
+            read_earlier(file)
     with pytest.raises(InputError, match="no_such_file"):
-        read_earlier(tmp_path / "no_such_file", [0])
+        read_earlier(tmp_path / "no_such_file")
+
+
+def test_one_dtype_is_that_of_the_policies_and_of_the_reward() -> None:
+    own, changed = reward_in(None), reward_in("float32")
+    assert own.options is not None
+    assert changed.options is not None
+    assert (own.options.dtype, changed.options.dtype) == ("bfloat16", "float32")
+    assert changed.model_copy(update={"options": own.options}) == own
