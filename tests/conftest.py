@@ -4,17 +4,10 @@ from __future__ import annotations
 
 import os
 
-# Before torch is imported: tests run small shapes, for which more threads only wait for each other.
-# Triton's interpreter has a core besides, and two threads that wait for each other on the one core
-# that is left take longer than one.
+# Before torch is imported: tests run small shapes, for which more threads only wait for each other,
+# and longer still where another process of the same tests has the other core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-import importlib.util
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 
 import pytest
 
@@ -34,36 +27,6 @@ def real_model_name() -> str:
     return DEFAULT_MODEL
 
 
-# The process that runs tests/triton, or None without Triton, and the file of what it prints.
-INTERPRETED = pytest.StashKey[tuple[subprocess.Popen[bytes] | None, Path]]()
-
-
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """Start the kernels' tests in Triton's interpreter, if this session waits for them."""
-    wanted = any(item.path.name == "test_triton.py" for item in session.items)
-    if not wanted or session.config.option.collectonly:
-        return
-    root = Path(__file__).parent.parent
-    output = Path(tempfile.mkdtemp(prefix="fssa-triton-")) / "output.txt"
-    process = None
-    if importlib.util.find_spec("triton") is not None:
-        with output.open("wb") as file:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/triton"],
-                env={**os.environ, "TRITON_INTERPRET": "1"},
-                cwd=root,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-            )
-    session.config.stash[INTERPRETED] = process, output
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """End the other process with this one."""
-    process, output = session.config.stash.get(INTERPRETED, (None, None))
-    if process is not None and process.poll() is None:
-        process.terminate()
-        process.wait(timeout=30)
-    if output is not None:
-        output.unlink(missing_ok=True)
-        output.parent.rmdir()
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest test by far comes first: with several processes the others take the rest."""
+    items.sort(key=lambda item: item.path.name != "test_triton.py")

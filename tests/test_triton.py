@@ -1,19 +1,25 @@
-"""The kernels' tests in Triton's interpreter, which has to be switched on before Triton loads.
+"""The kernels' tests in Triton's interpreter, which has to be switched on before Triton loads."""
 
-They take minutes and one core, so their process is started with the session (`conftest`) and runs
-beside the other tests; here its end is waited for.
-"""
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from tests.conftest import INTERPRETED
 
-
-def test_kernels_in_the_interpreter(request: pytest.FixtureRequest) -> None:
-    process, output = request.config.stash[INTERPRETED]
-    if process is None:
-        pytest.skip("triton is not installed")
-    status = process.wait(timeout=880)
-    printed = output.read_text()
-    print(printed)
-    assert status == 0, printed[-10_000:]
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_kernels_in_the_interpreter() -> None:
+    # Not of those that share out the tests of this session, if there are several.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/triton"],
+        env=environment | {"TRITON_INTERPRET": "1"},
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        timeout=880,
+    )
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout[-10_000:] + done.stderr[-2_000:]

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from fssa_kernels.cuda.module import emulating
 from fssa_kernels.gpu import workspace
@@ -50,9 +51,12 @@ def emulated(request):
     name = digest.hexdigest()[:16]
     if name not in _LOADED:
         target = _cache(request) / f"{name}.so"
-        if not target.exists():
-            with tempfile.TemporaryDirectory() as folder:
-                _compile([p for p in files if p.suffix in (".cu", ".cpp")], Path(folder), target)
+        # Several processes may share out the tests: one compiles, the others wait.
+        with FileLock(target.with_suffix(".lock")):
+            if not target.exists():
+                with tempfile.TemporaryDirectory() as folder:
+                    sources = [path for path in files if path.suffix in (".cu", ".cpp")]
+                    _compile(sources, Path(folder), target)
         spec = importlib.util.spec_from_file_location("_cuda_emulated", target)
         _LOADED[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(_LOADED[name])
