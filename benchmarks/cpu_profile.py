@@ -2,9 +2,9 @@
 
     python -m benchmarks.cpu_profile --batch 1,8,32 --json FILE
 
-The recorded step of `benchmarks.cpu_decode`, timed inside the native call; the two sides in turn,
-and after them what the cores multiply and add a second with everything in registers, which the
-products are held against.
+The recorded step of `benchmarks.cpu_decode`, timed inside the native call, and what passes between
+two of them while the engine decodes; the two sides in turn, and after them what the cores multiply
+and add a second with everything in registers, which the products are held against.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import json
 import statistics
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ ROWS = ("base only", "all distinct")
 LINEARS = ("qkv", "o", "gate_up", "down")
 PAGE = 16  # tokens, of `Engine`
 REGISTER_STEPS = 5_000_000  # tens of milliseconds
+PROMPT = [100] * PAGE
+DECODED = 32  # steps that are timed for what is between them
 
 
 def parts(names: Sequence[str]) -> list[str]:
@@ -70,6 +73,29 @@ def profile(ours: Ours, row: str, batch: int, keys: int, repeats: int) -> dict[s
     return result
 
 
+def between_steps(ours: Ours, row: str, batch: int) -> float:
+    """Milliseconds a decoded step takes besides its native call: what was chosen is handed out, the
+    next step planned and written into the buffers, by Python that the weights have driven out of
+    the caches."""
+    graph = ours.engines[row].runner._graph
+    assert graph is not None
+    replay, inside = graph.replay, 0.0
+
+    def timed(**rows: int) -> None:
+        nonlocal inside
+        start = time.perf_counter()
+        replay(**rows)
+        if rows["tokens"] == batch:  # not the prompts
+            inside += time.perf_counter() - start
+
+    graph.replay = timed  # type: ignore[method-assign]
+    try:
+        seconds = batch * DECODED / ours.decode(row, batch, prompt=PROMPT, new=DECODED)
+    finally:
+        del graph.replay  # the class's own again
+    return 1e3 * (seconds - inside) / DECODED
+
+
 def products_rate(ours: Ours, row: str, batch: int, step: dict[str, float]) -> float:
     """FLOP a second of one step's linears and vocabulary head."""
     seconds = sum(step[part] for part in (*LINEARS, "head")) / 1e3
@@ -103,14 +129,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "steps": {},
         "fraction_of_multiply_add": {},
         "multiply_add_flop_per_s": {},
+        "between_steps": {},
         "raw": {},
     }
     for batch in batches:
         raw: dict[str, list[dict[str, float]]] = {row: [] for row in ROWS}
+        between: dict[str, list[float]] = {row: [] for row in ROWS}
         limits: list[float] = []
         for _ in range(options.rounds):
             for row in ROWS:
                 raw[row].append(profile(ours, row, batch, options.keys, 4))
+                between[row].append(between_steps(ours, row, batch))
             limits.append(NATIVE.multiply_add_rate(REGISTER_STEPS, torch.get_num_threads()))
         steps = {
             row: {part: statistics.median(r[part] for r in rounds) for part in rounds[0]}
@@ -125,6 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         }
         result["raw"][str(batch)], result["steps"][str(batch)] = raw, steps
         result["multiply_add_flop_per_s"][str(batch)] = limits
+        result["between_steps"][str(batch)] = between
         result["fraction_of_multiply_add"][str(batch)] = fractions
         table = Table(title=f"batch {batch}, ms a step", title_justify="left")
         for column in ("", *ROWS):
@@ -132,6 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for part in steps[ROWS[0]]:
             table.add_row(part, *(f"{steps[row][part]:.3f}" for row in ROWS))
         table.add_row("sum", *(f"{sum(steps[row].values()):.3f}" for row in ROWS))
+        table.add_row("between two", *(f"{statistics.median(between[row]):.3f}" for row in ROWS))
         table.add_row("products ÷ registers", *(f"{fractions[row]:.2f}" for row in ROWS))
         console.print(table)
     if options.json is not None:

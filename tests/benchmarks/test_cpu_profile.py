@@ -25,4 +25,7 @@ def test_profile_names_every_part_and_holds_products_against_the_registers(
             assert {*cpu_profile.LINEARS, "head", "paged_attention", "sample"} <= set(step)
             assert min(step.values()) > 0
             assert 0 < result["fraction_of_multiply_add"][batch][row] < 1
+            between = result["between_steps"][batch][row]
+            assert len(between) == 2
+            assert min(between) > 0
         assert len(result["multiply_add_flop_per_s"][batch]) == 2
