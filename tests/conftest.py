@@ -28,5 +28,5 @@ def real_model_name() -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest test by far comes first: with several processes the others take the rest."""
+    """The longest tests by far come first: with several processes the others take the rest."""
     items.sort(key=lambda item: item.path.name != "test_triton.py")
