@@ -75,8 +75,7 @@ def profile(ours: Ours, row: str, batch: int, keys: int, repeats: int) -> dict[s
 
 def between_steps(ours: Ours, row: str, batch: int) -> float:
     """Milliseconds a decoded step takes besides its native call: what was chosen is handed out, the
-    next step planned and written into the buffers, by Python that the weights have driven out of
-    the caches."""
+    next step planned and written into the buffers."""
     graph = ours.engines[row].runner._graph
     assert graph is not None
     replay, inside = graph.replay, 0.0
