@@ -15,17 +15,9 @@ struct Ahead {
   bool halved;
 };
 
-struct NothingAhead {};
-
 constexpr int64_t kStepBytes = kPanelColumns * 4;
 // How far beyond the next panel may be brought.
 constexpr int64_t kLeadBytes = 64 * 1024;
-
-FSSA_INLINE bool is_halved(NothingAhead) { return false; }
-FSSA_INLINE bool is_halved(const Ahead& ahead) { return ahead.halved; }
-
-template <int kRows, int kBytes>
-FSSA_INLINE void fetch(NothingAhead) {}
 
 template <int kRows, int kBytes>
 FSSA_INLINE void fetch(Ahead& ahead) {
@@ -42,13 +34,18 @@ FSSA_INLINE void fetch(Ahead& ahead) {
 }
 
 // The same for a step of any tile: half of it where half is enough.
-template <int kRows, int kBytes, typename Next>
-FSSA_INLINE void fetch_some(Next& ahead) {
-  if (is_halved(ahead)) {
+template <int kRows, int kBytes>
+FSSA_INLINE void fetch_some(Ahead& ahead) {
+  if (ahead.halved) {
     fetch<kRows, kBytes / 2>(ahead);
   } else {
     fetch<kRows, kBytes>(ahead);
   }
+}
+
+// Asks for all that is left.
+FSSA_INLINE void fetch_rest(Ahead& ahead) {
+  while (ahead.at < ahead.end || ahead.queue != ahead.queue_end) fetch<kBothLinesRows, 64>(ahead);
 }
 
 // The queue, which began at `queue`, after a loop: what is left of the piece at hand goes back.
@@ -160,10 +157,9 @@ FSSA_INLINE void add_column(const Rows& x, const uint32_t* w, Vec (&acc)[kRows][
 // whatever a step does beside multiplying costs time where another thread has half of the core.
 // Where all that a step reads is asked for, it is in two parts: more at once would keep the words of
 // this step waiting.
-template <int kBytes, bool kHalved, int kRows, int kHalves, typename Rows, typename Next,
-          typename Apart>
+template <int kBytes, bool kHalved, int kRows, int kHalves, typename Rows, typename Apart>
 FSSA_INLINE void add_eights(Rows& x, const uint32_t*& w, int64_t eights,
-                            Vec (&acc)[kRows][kHalves], Next& ahead, int64_t step, Apart apart) {
+                            Vec (&acc)[kRows][kHalves], Ahead& ahead, int64_t step, Apart apart) {
   for (const uint32_t* const end = w + 4 * eights * step; w != end; w += 4 * step) {
     fetch<kRows, 2 * kBytes>(ahead);
     add_column<0>(x, w, acc, apart);
@@ -181,14 +177,14 @@ FSSA_INLINE void add_eights(Rows& x, const uint32_t*& w, int64_t eights,
 
 // acc += x W^T for kRows rows and the first kHalves halves at `panel`, of a packed matrix [*, k]
 // whose next column pair is `step` words away.
-template <int kAheadBytes = kStepBytes, int kRows, int kHalves, typename Rows, typename Next,
+template <int kAheadBytes = kStepBytes, int kRows, int kHalves, typename Rows,
           typename Apart = Same>
 FSSA_INLINE void accumulate(Rows x, const BFloat16* panel, int64_t k, Vec (&acc)[kRows][kHalves],
-                            Next&& ahead, int64_t step = kPanelColumns, Apart apart = {}) {
+                            Ahead& ahead, int64_t step = kPanelColumns, Apart apart = {}) {
   const uint32_t* w = reinterpret_cast<const uint32_t*>(panel);
   int64_t p = 0;
   if constexpr (sizeof(typename Rows::Value) == 4) {
-    if (is_halved(ahead)) {
+    if (ahead.halved) {
       add_eights<kAheadBytes, true>(x, w, k / 8, acc, ahead, step, apart);
     } else {
       add_eights<kAheadBytes, false>(x, w, k / 8, acc, ahead, step, apart);
@@ -227,10 +223,10 @@ FSSA_INLINE void accumulate(Rows x, const BFloat16* panel, int64_t k, Vec (&acc)
   }
 }
 
-template <int kAheadBytes = kStepBytes, int kRows, int kHalves, typename Rows, typename Next,
+template <int kAheadBytes = kStepBytes, int kRows, int kHalves, typename Rows,
           typename Apart = Same>
 FSSA_INLINE void accumulate(Rows x, const float* panel, int64_t k, Vec (&acc)[kRows][kHalves],
-                            Next&& ahead, int64_t step = kPanelColumns, Apart apart = {}) {
+                            Ahead& ahead, int64_t step = kPanelColumns, Apart apart = {}) {
   const float* w = panel;
   for (int64_t i = 0; i < k; ++i, w += step) {
     Vec columns[kHalves];

@@ -65,7 +65,7 @@ void AttentionCall::scattered_reads(const Team& team, std::vector<Span>& reads) 
   AttentionPiece piece{};
   int64_t bytes = 0, sequence = -1;
   while (bytes < kBytesAhead && walk.next(piece)) {
-    // A request's first piece is the one with the most keys; heads lie side by side.
+    // A request's first piece is the one with the most keys.
     if (piece.sequence == sequence) continue;
     sequence = piece.sequence;
     const int32_t* pages = block_tables + sequence * block_stride;
@@ -84,18 +84,14 @@ void AttentionCall::scattered_reads(const Team& team, std::vector<Span>& reads) 
   }
 }
 
-AttentionWalk::AttentionWalk(const AttentionCall& call, const Team& team) : call_(call) {
-  const int64_t batch = call.num_sequences.get(), groups = call.num_heads / call.num_kv_heads;
-  // One KV head's query heads share its keys, unless that would leave a thread with less than its
-  // part.
-  heads_ = batch * call.num_kv_heads < 2 * team.size() ? 1 : groups;
-  while (heads_ > kQueryRows) heads_ = (heads_ + 1) / 2;
-  while (groups % heads_) --heads_;
-  max_tokens_ = std::max<int64_t>(1, std::min<int64_t>(32, kQueryRows / heads_));
+AttentionWalk::AttentionWalk(const AttentionCall& call, const Team& team)
+    : call_(call),
+      groups_(call.num_heads / call.num_kv_heads),
+      max_tokens_(std::max<int64_t>(1, std::min<int64_t>(32, kQueryRows / groups_))) {
   int64_t all = 0;
   while (enter()) {
-    all += cost(piece()) * (call.num_heads / heads_);
-    end_ = piece().first_token;
+    all += cost(tokens()) * call.num_heads;
+    end_ = tokens().first_token;
   }
   first_cost_ = all * team.index() / team.size();
   last_cost_ = all * (team.index() + 1) / team.size();
@@ -104,18 +100,35 @@ AttentionWalk::AttentionWalk(const AttentionCall& call, const Team& team) : call
 
 bool AttentionWalk::next(AttentionPiece& next) {
   while (passed_ < last_cost_ && enter()) {
-    next = piece();
-    const int64_t middle = passed_ + cost(next) / 2;
-    passed_ += cost(next);
-    head_ += heads_;
-    if (head_ == call_.num_heads) {
-      head_ = 0;
-      end_ = next.first_token;
+    next = tokens();
+    const int64_t each = cost(next);
+    if (last_head_ < 0) {
+      head_ = heads_before(first_cost_, each);
+      last_head_ = heads_before(last_cost_, each);
     }
-    // A piece is the thread's in whose range its middle lies.
-    if (first_cost_ <= middle && middle < last_cost_) return true;
+    if (head_ < last_head_) {
+      const int64_t fit = kQueryRows / next.num_tokens;
+      // A KV head's heads stay together.
+      const int64_t stop =
+          fit < groups_ ? head_ + fit : (head_ / groups_ + fit / groups_) * groups_;
+      next.first_head = head_;
+      next.heads = std::min(stop, last_head_) - head_;
+      head_ += next.heads;
+      return true;
+    }
+    passed_ += each * call_.num_heads;
+    end_ = next.first_token;
+    last_head_ = -1;
   }
   return false;
+}
+
+// How many heads of the tokens at hand, at such a cost each, come before a bound of the whole cost:
+// a head is the thread's in whose range its middle lies.
+int64_t AttentionWalk::heads_before(int64_t bound, int64_t cost) const {
+  const int64_t twice = 2 * (bound - passed_) - cost;
+  if (twice <= 0) return 0;
+  return std::min(call_.num_heads, (twice + 2 * cost - 1) / (2 * cost));
 }
 
 // Goes on to a request with tokens left; false if there is none.
@@ -128,18 +141,17 @@ bool AttentionWalk::enter() {
   return true;
 }
 
-// The last of the tokens left: the longest piece comes first.
-AttentionPiece AttentionWalk::piece() const {
+// The last of the tokens left, all heads of them: the longest piece comes first.
+AttentionPiece AttentionWalk::tokens() const {
   const int64_t first = std::max(start_, end_ - max_tokens_);
   const int64_t stop = call_.q_indptr[sequence_ + 1];
   const int64_t position = call_.kv_lens[sequence_] - (stop - first);
-  return {sequence_, first, end_ - first, position, head_, heads_};
+  return {sequence_, first, end_ - first, position, 0, call_.num_heads};
 }
 
-// Pairs of a query row and a key, about.
-int64_t AttentionWalk::cost(const AttentionPiece& piece) const {
-  const int64_t num_keys = call_.num_keys(piece) - call_.oldest_key(piece);
-  return num_keys * piece.num_tokens * piece.heads;
+// Pairs of a query row and a key of one head, about.
+int64_t AttentionWalk::cost(const AttentionPiece& tokens) const {
+  return (call_.num_keys(tokens) - call_.oldest_key(tokens)) * tokens.num_tokens;
 }
 
 void AttentionCall::run(Team& team) const { kernels().attention(*this, team); }

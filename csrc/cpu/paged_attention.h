@@ -10,8 +10,9 @@ namespace fssa::cpu {
 constexpr int64_t kKeyBlock = 64;   // keys whose softmax is taken at once, in four times 16 lanes
 constexpr int64_t kQueryRows = 96;  // query tokens x heads of one piece of work at most
 
-// Query rows [0, num_rows) of one piece of work: row r is token first_token + r / heads, head
-// first_head + r % heads, at position first_position + r / heads.
+// One piece of work: neighbouring heads of neighbouring tokens of a request, at most kQueryRows. Of
+// one KV head's part row r is token first_token + r / heads, head first_head + r % heads, at position
+// first_position + r / heads.
 struct AttentionPiece {
   int64_t sequence;
   int64_t first_token;
@@ -62,7 +63,8 @@ struct AttentionCall final : Call {
 };
 
 // One thread's pieces of the work, request after request: about as many pairs of a query and a key
-// as another's. Which rows share a piece does not change them.
+// as another's. All heads of a request's tokens that are the thread's go together, since their keys
+// lie side by side. Which rows share a piece does not change them.
 class AttentionWalk {
  public:
   AttentionWalk(const AttentionCall& call, const Team& team);
@@ -72,19 +74,21 @@ class AttentionWalk {
 
  private:
   bool enter();
-  AttentionPiece piece() const;
-  int64_t cost(const AttentionPiece& piece) const;
+  AttentionPiece tokens() const;
+  int64_t cost(const AttentionPiece& tokens) const;
+  int64_t heads_before(int64_t bound, int64_t cost) const;
 
   const AttentionCall& call_;
-  int64_t heads_;           // of a piece
+  int64_t groups_;          // heads of a KV head
   int64_t max_tokens_;      // of a piece
-  int64_t first_cost_ = 0;  // this thread's range of what all pieces cost
+  int64_t first_cost_ = 0;  // this thread's range of what all heads of all tokens cost
   int64_t last_cost_ = 0;
-  int64_t passed_ = 0;  // cost of the pieces passed
+  int64_t passed_ = 0;  // cost of the tokens passed
   int64_t sequence_ = -1;
   int64_t start_ = 0;  // tokens of the request that are left
   int64_t end_ = 0;
-  int64_t head_ = 0;  // the next piece's first
+  int64_t head_ = 0;       // the next piece's first, of the tokens at hand
+  int64_t last_head_ = -1;  // the thread's; -1 where tokens are yet to be taken up
 };
 
 }  // namespace fssa::cpu

@@ -10,6 +10,12 @@ struct AttentionScratch {
   float* total;    // [kQueryRows, 16]
   float* maximum;  // [kQueryRows]
   float* queries;  // [kQueryRows, padded D], for products of bf16 that are taken in fp32
+
+  // The same for the rows from `row` on.
+  FSSA_INLINE_MEMBER AttentionScratch from(int64_t row, int64_t padded) const {
+    return {out + row * padded, keys,          weights + row * kKeyBlock,
+            total + row * 16,   maximum + row, queries + row * padded};
+  }
 };
 
 // Sixteen keys turned round: word w of key j at to[w * kKeyBlock + j]; a word is one fp32 number or
@@ -41,7 +47,7 @@ FSSA_INLINE void turn_round(float* to, const T* const* keys, int64_t dim) {
 // out[d] += sum_j weight[j] V[j][d] for kRows rows and 16 * kVecs channels.
 template <int kRows, int kVecs, typename T>
 FSSA_INLINE void mix(const T* const* values, int64_t num, const float* weights, float* out,
-                     int64_t padded, int64_t d) {
+                     int64_t padded, int64_t d, Ahead& ahead) {
   Vec acc[kRows][kVecs];
   FSSA_UNROLL
   for (int r = 0; r < kRows; ++r) {
@@ -49,6 +55,7 @@ FSSA_INLINE void mix(const T* const* values, int64_t num, const float* weights, 
     for (int c = 0; c < kVecs; ++c) acc[r][c] = load(out + r * padded + d + 16 * c);
   }
   for (int64_t j = 0; j < num; ++j) {
+    fetch<kBothLinesRows, 16 * kVecs * static_cast<int>(sizeof(T))>(ahead);
     FSSA_UNROLL
     for (int c = 0; c < kVecs; ++c) {
       const Vec value = load(values[j] + d + 16 * c);
@@ -65,13 +72,13 @@ FSSA_INLINE void mix(const T* const* values, int64_t num, const float* weights, 
 
 template <int kRows, typename T>
 FSSA_INLINE void mix_rows(const T* const* values, int64_t num, const float* weights, float* out,
-                          int64_t padded, int64_t dim) {
+                          int64_t padded, int64_t dim, Ahead& ahead) {
   constexpr int kVecs = 4 * kRows <= kMaxSums ? 4 : 2 * kRows <= kMaxSums ? 2 : 1;
   int64_t d = 0;
   for (; d + 16 * kVecs <= dim; d += 16 * kVecs) {
-    mix<kRows, kVecs>(values, num, weights, out, padded, d);
+    mix<kRows, kVecs>(values, num, weights, out, padded, d, ahead);
   }
-  for (; d + 16 <= dim; d += 16) mix<kRows, 1>(values, num, weights, out, padded, d);
+  for (; d + 16 <= dim; d += 16) mix<kRows, 1>(values, num, weights, out, padded, d, ahead);
   if (d < dim) {
     for (int r = 0; r < kRows; ++r) {
       Vec acc = load(out + r * padded + d);
@@ -85,21 +92,23 @@ FSSA_INLINE void mix_rows(const T* const* values, int64_t num, const float* weig
 
 template <int kRows, typename T>
 FSSA_INLINE void mix_rows_of(int64_t rows, const T* const* values, int64_t num,
-                             const float* weights, float* out, int64_t padded, int64_t dim) {
+                             const float* weights, float* out, int64_t padded, int64_t dim,
+                             Ahead& ahead) {
   if constexpr (kRows > 1) {
     if (rows < kRows) {
-      mix_rows_of<kRows - 1>(rows, values, num, weights, out, padded, dim);
+      mix_rows_of<kRows - 1>(rows, values, num, weights, out, padded, dim, ahead);
       return;
     }
   }
-  mix_rows<kRows>(values, num, weights, out, padded, dim);
+  mix_rows<kRows>(values, num, weights, out, padded, dim, ahead);
 }
 
 // weights[j] = scale q . k_j for kRows rows from `row` on and the keys from `first` on, 16 * kGroups
 // at a time, as far as those of `num_keys` are whole. Returns the first key that is left.
 template <int kRows, int kGroups, typename T, typename Rows>
 FSSA_INLINE int64_t score_groups(const AttentionCall& a, const Rows& q, const AttentionScratch& s,
-                                 int64_t row, int64_t first, int64_t num_keys) {
+                                 int64_t row, int64_t first, int64_t num_keys,
+                                 Ahead& ahead) {
   if constexpr (kRows * kGroups <= kMaxSums) {
     for (; first + 16 * (kGroups - 1) < num_keys; first += 16 * kGroups) {
       Vec acc[kRows][kGroups];
@@ -108,8 +117,9 @@ FSSA_INLINE int64_t score_groups(const AttentionCall& a, const Rows& q, const At
         FSSA_UNROLL
         for (int g = 0; g < kGroups; ++g) acc[r][g] = broadcast(0.0f);
       }
-      accumulate(q, reinterpret_cast<const T*>(s.keys + first), a.head_dim, acc, NothingAhead{},
-                 kKeyBlock);
+      // So much a step makes as many keys in all as are scored.
+      accumulate<64 * kGroups>(q, reinterpret_cast<const T*>(s.keys + first), a.head_dim, acc,
+                               ahead, kKeyBlock);
       FSSA_UNROLL
       for (int r = 0; r < kRows; ++r) {
         float* weights = s.weights + (row + r) * kKeyBlock + first;
@@ -139,11 +149,13 @@ constexpr bool kWidensQueries = sizeof(T) == 2 && kWidenedRows < INT64_MAX;
 // the registers hold them: each is a chain of additions, which alone would wait for the adder.
 template <int kRows, typename T>
 FSSA_NOINLINE void score_rows(const AttentionCall& a, const AttentionPiece& piece,
-                              const AttentionScratch& s, int64_t row, int64_t num_keys) {
+                              const AttentionScratch& s, int64_t row, int64_t num_keys,
+                              Ahead& brought) {
+  Ahead ahead = brought;
   const auto score = [&](const auto& q) {
-    int64_t first = score_groups<kRows, 4, T>(a, q, s, row, 0, num_keys);
-    first = score_groups<kRows, 2, T>(a, q, s, row, first, num_keys);
-    score_groups<kRows, 1, T>(a, q, s, row, first, num_keys);
+    int64_t first = score_groups<kRows, 4, T>(a, q, s, row, 0, num_keys, ahead);
+    first = score_groups<kRows, 2, T>(a, q, s, row, first, num_keys, ahead);
+    score_groups<kRows, 1, T>(a, q, s, row, first, num_keys, ahead);
   };
   if constexpr (kWidensQueries<T>) {
     const int64_t padded = (a.head_dim + 15) / 16 * 16;
@@ -153,18 +165,20 @@ FSSA_NOINLINE void score_rows(const AttentionCall& a, const AttentionPiece& piec
     for (int r = 0; r < kRows; ++r) q[r] = query<T>(a, piece, row + r);
     score(ScatteredRows<T>{q});
   }
+  brought = ahead;
 }
 
 template <int kRows, typename T>
 FSSA_INLINE void score_rows_of(int64_t rows, const AttentionCall& a, const AttentionPiece& piece,
-                               const AttentionScratch& s, int64_t row, int64_t num_keys) {
+                               const AttentionScratch& s, int64_t row, int64_t num_keys,
+                               Ahead& ahead) {
   if constexpr (kRows > 1) {
     if (rows < kRows) {
-      score_rows_of<kRows - 1, T>(rows, a, piece, s, row, num_keys);
+      score_rows_of<kRows - 1, T>(rows, a, piece, s, row, num_keys, ahead);
       return;
     }
   }
-  score_rows<kRows, T>(a, piece, s, row, num_keys);
+  score_rows<kRows, T>(a, piece, s, row, num_keys, ahead);
 }
 
 // One row's softmax takes the block in: scores become weights, and what was summed before fades.
@@ -204,35 +218,105 @@ FSSA_INLINE void soften_row(const AttentionCall& a, const AttentionPiece& piece,
   s.maximum[row] = now;
 }
 
-FSSA_INLINE int64_t kv_head(const AttentionCall& a, const AttentionPiece& piece) {
-  return piece.first_head / (a.num_heads / a.num_kv_heads);
+FSSA_INLINE int64_t kv_head(const AttentionCall& a, int64_t head) {
+  return head / (a.num_heads / a.num_kv_heads);
 }
 
-template <typename T>
-FSSA_INLINE void fetch_row(const T* row, int64_t dim) {
-  for (int64_t d = 0; d < dim; d += 64 / static_cast<int64_t>(sizeof(T))) prefetch(row + d);
-}
-
-// Brings the keys from `first` to the end of its block into the cache.
-template <typename T>
-FSSA_INLINE void fetch_keys(const AttentionCall& a, const AttentionPiece& piece, int64_t first) {
-  const int64_t entry = a.num_kv_heads * a.head_dim;
-  const int32_t* pages = a.block_tables + piece.sequence * a.block_stride;
-  const T* cache = static_cast<const T*>(a.k_cache) + kv_head(a, piece) * a.head_dim;
-  const int64_t num_keys = a.num_keys(piece);
-  const int64_t stop = smaller((first / kKeyBlock + 1) * kKeyBlock, num_keys);
-  while (first < stop) {
-    const int64_t in_page = first % a.page_size;
-    const int64_t num = smaller(a.page_size - in_page, stop - first);
-    const T* row = cache + (pages[first / a.page_size] * a.page_size + in_page) * entry;
-    for (int64_t j = 0; j < num; ++j, row += entry) fetch_row(row, a.head_dim);
-    first += num;
+// Calls each(part, scratch of its rows) for every KV head of a piece.
+template <typename Each>
+FSSA_INLINE void for_each_part(const AttentionCall& a, const AttentionPiece& piece,
+                               const AttentionScratch& s, const Each& each) {
+  const int64_t groups = a.num_heads / a.num_kv_heads, padded = (a.head_dim + 15) / 16 * 16;
+  const int64_t last = piece.first_head + piece.heads;
+  AttentionPiece part = piece;
+  for (int64_t head = piece.first_head, row = 0; head < last; head += part.heads) {
+    part.first_head = head;
+    part.heads = smaller(last, (head / groups + 1) * groups) - head;
+    each(part, s.from(row, padded));
+    row += part.num_tokens * part.heads;
   }
 }
 
+// Where a block's keys and values for a KV head lie.
+template <typename T>
+struct KeyBlock {
+  int64_t first;   // position of the block's first key
+  int64_t num;     // keys up to the last one there is
+  int64_t oldest;  // of them, the first that a row sees
+  const T* keys[kKeyBlock];
+  const T* values[kKeyBlock];
+};
+
+FSSA_INLINE int64_t first_block(const AttentionCall& a, const AttentionPiece& piece) {
+  return a.oldest_key(piece) / kKeyBlock * kKeyBlock;
+}
+
+// The block of a piece's keys from `first` on, a multiple of kKeyBlock, for its first KV head.
+template <typename T>
+FSSA_INLINE void find_block(const AttentionCall& a, const AttentionPiece& piece, int64_t first,
+                            KeyBlock<T>& block) {
+  const int32_t* pages = a.block_tables + piece.sequence * a.block_stride;
+  const int64_t entry = a.num_kv_heads * a.head_dim;
+  const int64_t offset = kv_head(a, piece.first_head) * a.head_dim;
+  block.first = first;
+  block.num = smaller(kKeyBlock, a.num_keys(piece) - first);
+  block.oldest = larger(first, a.oldest_key(piece)) - first;
+  for (int64_t j = block.oldest; j < block.num;) {
+    const int64_t at = first + j, in_page = at % a.page_size;
+    const int64_t stop = smaller(block.num, j + a.page_size - in_page);
+    int64_t row = (pages[at / a.page_size] * a.page_size + in_page) * entry + offset;
+    for (; j < stop; ++j, row += entry) {
+      block.keys[j] = static_cast<const T*>(a.k_cache) + row;
+      block.values[j] = static_cast<const T*>(a.v_cache) + row;
+    }
+  }
+}
+
+// The rows of a block that are read for a piece, as few spans of memory as they make.
+template <typename T>
+FSSA_INLINE Ahead to_bring(const AttentionCall& a, const AttentionPiece& piece,
+                           const KeyBlock<T>& block, const T* const* rows, Span* spans) {
+  const int64_t last = kv_head(a, piece.first_head + piece.heads - 1);
+  const int64_t read = (last - kv_head(a, piece.first_head) + 1) * a.head_dim;
+  const int64_t entry = a.num_kv_heads * a.head_dim;
+  Span* end = spans;
+  for (int64_t j = block.oldest; j < block.num; ++j) {
+    const int64_t bytes = read * static_cast<int64_t>(sizeof(T));
+    if (read == entry && j > block.oldest && rows[j] == rows[j - 1] + entry) {
+      (end - 1)->bytes += bytes;
+    } else {
+      *end++ = {reinterpret_cast<const char*>(rows[j]), bytes};
+    }
+  }
+  return {nullptr, nullptr, spans, end, false};
+}
+
+// One KV head's part of a piece takes a block in. What `keys` and `values` name is brought meanwhile.
+template <typename T>
+FSSA_INLINE void attend_block(const AttentionCall& a, const AttentionPiece& part,
+                              const AttentionScratch& s, const KeyBlock<T>& block, Ahead& keys,
+                              Ahead& values) {
+  const int64_t padded = (a.head_dim + 15) / 16 * 16;
+  const int64_t num_rows = part.num_tokens * part.heads;
+  for (int64_t j = 0; j < block.num; j += 16) turn_round(s.keys + j, block.keys + j, a.head_dim);
+  constexpr int kScoreRows = kMaxRows < 8 ? kMaxRows : 8, kMixRows = kMaxRows < 8 ? kMaxRows : 4;
+  for (int64_t row = 0; row < num_rows; row += kScoreRows) {
+    score_rows_of<kScoreRows, T>(num_rows - row, a, part, s, row, block.num, keys);
+  }
+  for (int64_t row = 0; row < num_rows; ++row) {
+    soften_row(a, part, s, row, block.first, block.num);
+  }
+  for (int64_t row = 0; row < num_rows; row += kMixRows) {
+    mix_rows_of<kMixRows>(num_rows - row, block.values, block.num, s.weights + row * kKeyBlock,
+                          s.out + row * padded, padded, a.head_dim, values);
+  }
+}
+
+// A piece, whose first block is `block`; on return that is the first one of `next`, if there is one.
 template <typename T>
 FSSA_INLINE void attend(const AttentionCall& a, const AttentionPiece& piece,
-                        const AttentionPiece& next, const AttentionScratch& s) {
+                        const AttentionPiece* next, const AttentionScratch& s,
+                        KeyBlock<T>& block) {
   const int64_t padded = (a.head_dim + 15) / 16 * 16;
   const int64_t num_rows = piece.num_tokens * piece.heads;
   for (int64_t i = 0; i < num_rows * padded; i += 16) store(s.out + i, broadcast(0.0f));
@@ -241,68 +325,57 @@ FSSA_INLINE void attend(const AttentionCall& a, const AttentionPiece& piece,
     store(s.total + r * 16, broadcast(0.0f));
   }
   if constexpr (kWidensQueries<T>) {
-    for (int64_t r = 0; r < num_rows; ++r) {
-      const T* q = query<T>(a, piece, r);
-      for (int64_t d = 0; d < a.head_dim; d += 16) {
-        store(s.queries + r * padded + d, load_up_to(q + d, a.head_dim - d));
+    for_each_part(a, piece, s, [&](const AttentionPiece& part, const AttentionScratch& own) {
+      for (int64_t r = 0; r < part.num_tokens * part.heads; ++r) {
+        const T* q = query<T>(a, part, r);
+        for (int64_t d = 0; d < a.head_dim; d += 16) {
+          store(own.queries + r * padded + d, load_up_to(q + d, a.head_dim - d));
+        }
       }
-    }
+    });
   }
-  const int32_t* pages = a.block_tables + piece.sequence * a.block_stride;
-  const T* k_cache = static_cast<const T*>(a.k_cache) + kv_head(a, piece) * a.head_dim;
-  const T* v_cache = static_cast<const T*>(a.v_cache) + kv_head(a, piece) * a.head_dim;
-  const int64_t entry = a.num_kv_heads * a.head_dim;
   const int64_t num_keys = a.num_keys(piece);
-  const int64_t oldest = a.oldest_key(piece);
-  for (int64_t first = oldest / kKeyBlock * kKeyBlock; first < num_keys; first += kKeyBlock) {
-    const int64_t num = smaller(kKeyBlock, num_keys - first);
-    const T* keys[kKeyBlock];
-    const T* values[kKeyBlock];
-    const int64_t begin = larger(first, oldest) - first;
-    for (int64_t j = begin; j < num;) {
-      const int64_t at = first + j, in_page = at % a.page_size;
-      const int64_t stop = smaller(num, j + a.page_size - in_page);
-      int64_t row = (pages[at / a.page_size] * a.page_size + in_page) * entry;
-      for (; j < stop; ++j, row += entry) {
-        keys[j] = k_cache + row;
-        values[j] = v_cache + row;
-      }
+  for (int64_t first = block.first; first < num_keys; first += kKeyBlock) {
+    // The next block comes from memory while this one is computed, keys during the scores and
+    // values while they are mixed.
+    const bool ends = first + kKeyBlock >= num_keys;
+    const AttentionPiece* reader = ends ? next : &piece;
+    KeyBlock<T> coming;
+    Span spans[2 * kKeyBlock];
+    Ahead keys{}, values{};
+    if (reader != nullptr) {
+      find_block(a, *reader, ends ? first_block(a, *reader) : first + kKeyBlock, coming);
+      keys = to_bring(a, *reader, coming, coming.keys, spans);
+      values = to_bring(a, *reader, coming, coming.values, spans + kKeyBlock);
     }
     // Keys before the window lie in pages that nobody promised, and past the end there are none:
     // the nearest key stands in for them, and its weight there is zero.
-    for (int64_t j = 0; j < begin; ++j) {
-      keys[j] = keys[begin];
-      values[j] = values[begin];
+    for (int64_t j = 0; j < block.oldest; ++j) {
+      block.keys[j] = block.keys[block.oldest];
+      block.values[j] = block.values[block.oldest];
     }
-    for (int64_t j = num; j % 16; ++j) keys[j] = keys[num - 1];
-    // Values come from memory while the scores are computed, and the next keys after that.
-    for (int64_t j = 0; j < num; ++j) fetch_row(values[j], a.head_dim);
-    for (int64_t j = 0; j < num; j += 16) turn_round(s.keys + j, keys + j, a.head_dim);
-    constexpr int kScoreRows = kMaxRows < 8 ? kMaxRows : 8, kMixRows = kMaxRows < 8 ? kMaxRows : 4;
-    for (int64_t row = 0; row < num_rows; row += kScoreRows) {
-      score_rows_of<kScoreRows, T>(num_rows - row, a, piece, s, row, num);
-    }
-    if (first + kKeyBlock < num_keys) {
-      fetch_keys<T>(a, piece, first + kKeyBlock);
-    } else {
-      fetch_keys<T>(a, next, a.oldest_key(next));
-    }
-    for (int64_t row = 0; row < num_rows; ++row) soften_row(a, piece, s, row, first, num);
-    for (int64_t row = 0; row < num_rows; row += kMixRows) {
-      mix_rows_of<kMixRows>(num_rows - row, values, num, s.weights + row * kKeyBlock,
-                            s.out + row * padded, padded, a.head_dim);
-    }
+    const int64_t padded_num = (block.num + 15) / 16 * 16;
+    for (int64_t j = block.num; j < padded_num; ++j) block.keys[j] = block.keys[block.num - 1];
+    for_each_part(a, piece, s, [&](const AttentionPiece& part, const AttentionScratch& own) {
+      attend_block(a, part, own, block, keys, values);
+      for (int64_t j = 0; j < padded_num; ++j) block.keys[j] += a.head_dim;
+      for (int64_t j = 0; j < block.num; ++j) block.values[j] += a.head_dim;
+    });
+    fetch_rest(keys);
+    fetch_rest(values);
+    if (reader != nullptr) block = coming;
   }
-  for (int64_t r = 0; r < num_rows; ++r) {
-    T* out = static_cast<T*>(a.out) +
-             ((piece.first_token + r / piece.heads) * a.num_heads + piece.first_head +
-              r % piece.heads) *
-                 a.head_dim;
-    const Vec inverse = broadcast(1.0f / sum(load(s.total + r * 16)));
-    for (int64_t d = 0; d < a.head_dim; d += 16) {
-      store_up_to(out + d, mul(load(s.out + r * padded + d), inverse), a.head_dim - d);
+  for_each_part(a, piece, s, [&](const AttentionPiece& part, const AttentionScratch& own) {
+    for (int64_t r = 0; r < part.num_tokens * part.heads; ++r) {
+      T* out = static_cast<T*>(a.out) + ((part.first_token + r / part.heads) * a.num_heads +
+                                         part.first_head + r % part.heads) *
+                                            a.head_dim;
+      const Vec inverse = broadcast(1.0f / sum(load(own.total + r * 16)));
+      for (int64_t d = 0; d < a.head_dim; d += 16) {
+        store_up_to(out + d, mul(load(own.out + r * padded + d), inverse), a.head_dim - d);
+      }
     }
-  }
+  });
 }
 
 template <typename T>
@@ -320,12 +393,18 @@ void attention(const AttentionCall& a, Team& team) {
   AttentionWalk walk(a, team);
   AttentionPiece at_hand{}, next{};
   if (walk.next(at_hand)) {
-    fetch_keys<T>(a, at_hand, a.oldest_key(at_hand));
+    KeyBlock<T> block;
+    find_block(a, at_hand, first_block(a, at_hand), block);
+    Span spans[kKeyBlock];
+    for (const T* const* rows : {block.keys, block.values}) {
+      Ahead ahead = to_bring(a, at_hand, block, rows, spans);
+      fetch_rest(ahead);
+    }
     while (walk.next(next)) {
-      attend<T>(a, at_hand, next, s);
+      attend(a, at_hand, &next, s, block);
       at_hand = next;
     }
-    attend<T>(a, at_hand, at_hand, s);
+    attend<T>(a, at_hand, nullptr, s, block);
   }
   // Rows that belong to no request are zero.
   if (team.index() == 0) {

@@ -258,6 +258,23 @@ def test_decode_is_bitwise_any_chunking_of_the_prefill(num_kv_heads, window, dty
         assert same_bits([torch.cat(parts)], [whole]), chunks
 
 
+# More heads than a piece of work has rows; KV heads whose heads do not fill a piece; long requests
+# beside short ones, so that threads part in the middle of a KV head's heads.
+@pytest.mark.parametrize(
+    "requests", [((1, 200),), ((1, 3), (1, 130), (40, 90), (3, 70)), ((33, 33),)]
+)
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(9, 3), (7, 1), (14, 2), (110, 1), (5, 5)])
+def test_threads_share_all_heads_out(num_heads, num_kv_heads, requests):
+    heads = dict(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=16, page_size=5)
+    inputs = make("paged_attention", torch.bfloat16, requests=requests, **heads)
+    torch.set_num_threads(1)
+    alone = run("paged_attention", inputs)
+    assert alone[0].isfinite().all()
+    for num_threads in (2, 3, 7):
+        torch.set_num_threads(num_threads)
+        assert same_bits(run("paged_attention", inputs), alone), num_threads
+
+
 @pytest.mark.usefixtures("each_instruction_set")
 @pytest.mark.parametrize("num_threads", [1, 3])
 @pytest.mark.parametrize(("before", "after"), [(0, 2), (2, 0), (3, 4)])

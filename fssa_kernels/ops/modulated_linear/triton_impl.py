@@ -12,12 +12,8 @@ from fssa_kernels.gpu.backend import unsupported
 from fssa_kernels.gpu.launch import facts, launch
 from fssa_kernels.gpu.workspace import counters
 from fssa_kernels.ops.modulated_linear.triton_config import Config, choose, padded_rank
-from fssa_kernels.ops.modulated_linear.triton_kernels import (
-    expand_kernel,
-    modulated_linear_kernel,
-    shrink_kernel,
-    shrink_rows_kernel,
-)
+from fssa_kernels.ops.modulated_linear.triton_kernels import expand_kernel, modulated_linear_kernel
+from fssa_kernels.ops.modulated_linear.triton_low_rank import shrink_kernel, shrink_rows_kernel
 
 MAX_PROJECTIONS = 4
 MAX_RANK = 128
