@@ -24,9 +24,12 @@ PRODUCTS = (torch.bfloat16, torch.float32)
 
 
 class Ours:
-    """The three rows that are ours, on one set of packed weights."""
+    """The three rows that are ours, on one set of packed weights, with room for ``row_tokens``
+    tokens in every row of a batch and for two prefills."""
 
-    def __init__(self, model: LanguageModel, max_batch: int, prefill_tokens: int) -> None:
+    def __init__(
+        self, model: LanguageModel, max_batch: int, prefill_tokens: int, row_tokens: int = 256
+    ) -> None:
         self.model = model
         self.modulator = random_modulator(model.decoder.config)
         self.table = ModulationTable(self.modulator.layout, max_batch)
@@ -38,7 +41,7 @@ class Ours:
         limits = {
             "max_batch_size": max_batch,
             "max_batch_tokens": max(2048, prefill_tokens),
-            "max_kv_tokens": max(max_batch * 256, 2 * prefill_tokens),
+            "max_kv_tokens": max(max_batch * row_tokens, 2 * prefill_tokens),
             # The same prompt comes again and again, and is to be computed each time.
             "prefix_cache": False,
         }

@@ -15,7 +15,7 @@ constexpr int64_t kBytesAhead = 768 * 1024;
 int64_t AttentionCall::thread_scratch(int64_t head_dim) {
   // Running outputs, queries, a block of keys turned round, its weights, and a maximum and a sum in
   // 16 lanes for each row; multiples of 16 floats, so that threads do not share cache lines.
-  const int64_t padded = (head_dim + 15) / 16 * 16;
+  const int64_t padded = padded_dim(head_dim);
   return (2 * kQueryRows + kKeyBlock) * padded + kQueryRows * (kKeyBlock + 1 + 16);
 }
 

@@ -10,6 +10,9 @@ namespace fssa::cpu {
 constexpr int64_t kKeyBlock = 64;   // keys whose softmax is taken at once, in four times 16 lanes
 constexpr int64_t kQueryRows = 96;  // query tokens x heads of one piece of work at most
 
+// Channels of a head in the scratch, whole vectors of 16.
+inline int64_t padded_dim(int64_t head_dim) { return (head_dim + 15) / 16 * 16; }
+
 // One piece of work: neighbouring heads of neighbouring tokens of a request, at most kQueryRows. Of
 // one KV head's part row r is token first_token + r / heads, head first_head + r % heads, at position
 // first_position + r / heads.
@@ -87,7 +90,7 @@ class AttentionWalk {
   int64_t sequence_ = -1;
   int64_t start_ = 0;  // tokens of the request that are left
   int64_t end_ = 0;
-  int64_t head_ = 0;       // the next piece's first, of the tokens at hand
+  int64_t head_ = 0;        // the next piece's first, of the tokens at hand
   int64_t last_head_ = -1;  // the thread's; -1 where tokens are yet to be taken up
 };
 

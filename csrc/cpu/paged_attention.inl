@@ -158,7 +158,7 @@ FSSA_NOINLINE void score_rows(const AttentionCall& a, const AttentionPiece& piec
     score_groups<kRows, 1, T>(a, q, s, row, first, num_keys, ahead);
   };
   if constexpr (kWidensQueries<T>) {
-    const int64_t padded = (a.head_dim + 15) / 16 * 16;
+    const int64_t padded = padded_dim(a.head_dim);
     score(SpacedRows<kRows, float>(s.queries + row * padded, padded));
   } else {
     const T* q[kRows];
@@ -185,7 +185,7 @@ FSSA_INLINE void score_rows_of(int64_t rows, const AttentionCall& a, const Atten
 FSSA_INLINE void soften_row(const AttentionCall& a, const AttentionPiece& piece,
                             const AttentionScratch& s, int64_t row, int64_t first_key,
                             int64_t num_keys) {
-  const int64_t padded = (a.head_dim + 15) / 16 * 16;
+  const int64_t padded = padded_dim(a.head_dim);
   const int64_t seen = piece.first_position + row / piece.heads + 1;
   const int64_t last = smaller(num_keys, seen - first_key);
   const int64_t first = a.window ? larger(0, seen - a.window - first_key) : 0;
@@ -226,7 +226,7 @@ FSSA_INLINE int64_t kv_head(const AttentionCall& a, int64_t head) {
 template <typename Each>
 FSSA_INLINE void for_each_part(const AttentionCall& a, const AttentionPiece& piece,
                                const AttentionScratch& s, const Each& each) {
-  const int64_t groups = a.num_heads / a.num_kv_heads, padded = (a.head_dim + 15) / 16 * 16;
+  const int64_t groups = a.num_heads / a.num_kv_heads, padded = padded_dim(a.head_dim);
   const int64_t last = piece.first_head + piece.heads;
   AttentionPiece part = piece;
   for (int64_t head = piece.first_head, row = 0; head < last; head += part.heads) {
@@ -296,7 +296,7 @@ template <typename T>
 FSSA_INLINE void attend_block(const AttentionCall& a, const AttentionPiece& part,
                               const AttentionScratch& s, const KeyBlock<T>& block, Ahead& keys,
                               Ahead& values) {
-  const int64_t padded = (a.head_dim + 15) / 16 * 16;
+  const int64_t padded = padded_dim(a.head_dim);
   const int64_t num_rows = part.num_tokens * part.heads;
   for (int64_t j = 0; j < block.num; j += 16) turn_round(s.keys + j, block.keys + j, a.head_dim);
   constexpr int kScoreRows = kMaxRows < 8 ? kMaxRows : 8, kMixRows = kMaxRows < 8 ? kMaxRows : 4;
@@ -317,7 +317,7 @@ template <typename T>
 FSSA_INLINE void attend(const AttentionCall& a, const AttentionPiece& piece,
                         const AttentionPiece* next, const AttentionScratch& s,
                         KeyBlock<T>& block) {
-  const int64_t padded = (a.head_dim + 15) / 16 * 16;
+  const int64_t padded = padded_dim(a.head_dim);
   const int64_t num_rows = piece.num_tokens * piece.heads;
   for (int64_t i = 0; i < num_rows * padded; i += 16) store(s.out + i, broadcast(0.0f));
   for (int64_t r = 0; r < num_rows; ++r) {
@@ -381,7 +381,7 @@ FSSA_INLINE void attend(const AttentionCall& a, const AttentionPiece& piece,
 template <typename T>
 void attention(const AttentionCall& a, Team& team) {
   const int64_t batch = a.num_sequences.get(), tokens = a.num_tokens.get();
-  const int64_t padded = (a.head_dim + 15) / 16 * 16;
+  const int64_t padded = padded_dim(a.head_dim);
   AttentionScratch s;
   s.out = a.scratch + team.index() * AttentionCall::thread_scratch(a.head_dim);
   s.keys = s.out + kQueryRows * padded;

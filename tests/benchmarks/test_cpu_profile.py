@@ -10,12 +10,14 @@ import torch
 import transformers
 
 from benchmarks import cpu_profile
+from benchmarks.decode_sides import Ours
 from fssa_kernels import StepGraph
 from fssa_kernels.native import NATIVE
 from tests.runtime.models import write_model
 
+pytestmark = pytest.mark.skipif(NATIVE is None, reason="the native kernels are not built")
 
-@pytest.mark.skipif(NATIVE is None, reason="the native kernels are not built")
+
 def test_profile_names_every_part_and_holds_products_against_the_registers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -37,10 +39,24 @@ def test_profile_names_every_part_and_holds_products_against_the_registers(
 
     monkeypatch.setattr(time, "perf_counter", clock)
     monkeypatch.setattr(StepGraph, "replay", slow)
+    caches: list[torch.Tensor] = []
+    fill = cpu_profile.fill_caches
+
+    def remembering(ours: Ours) -> None:
+        fill(ours)
+        for engine in ours.engines.values():
+            caches.extend([engine.cache.k.clone(), engine.cache.v.clone()])
+
+    monkeypatch.setattr(cpu_profile, "fill_caches", remembering)
     folder, target = write_model(tmp_path / "model"), tmp_path / "profile.json"
-    arguments = ["--model", str(folder), "--batch", "1,3", "--keys", "20", "--rounds", "2"]
+    arguments = ["--model", str(folder), "--batch", "1,3", "--keys", "300", "--rounds", "2"]
     assert cpu_profile.main([*arguments, "--json", str(target)]) == 0
     result = json.loads(target.read_text())
+    assert result["keys"] == 300
+    assert caches
+    for cache in caches:  # of every row, and nothing that was never written to
+        assert cache.shape[1] * cache.shape[2] >= 3 * 300
+        assert cache.count_nonzero() > 0.99 * cache.numel()
     plain = transformers.AutoModelForCausalLM.from_pretrained(folder)
     linears = [module for module in plain.modules() if isinstance(module, torch.nn.Linear)]
     token_flop = 2 * sum(linear.weight.numel() for linear in linears)
@@ -67,3 +83,10 @@ def test_profile_names_every_part_and_holds_products_against_the_registers(
                 assert fraction == pytest.approx(base)
             else:  # A and B besides: less than half of this small model
                 assert base < fraction < 1.5 * base
+
+
+def test_more_keys_than_the_model_has_positions(tmp_path: Path, capsys) -> None:
+    folder = write_model(tmp_path / "model")
+    with pytest.raises(SystemExit):
+        cpu_profile.main(["--model", str(folder), "--keys", "513"])
+    assert "--keys: expected at most the model's 512 positions, got 513" in capsys.readouterr().err

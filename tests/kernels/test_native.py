@@ -268,8 +268,8 @@ def test_threads_share_all_heads_out(num_heads, num_kv_heads, requests):
     heads = dict(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=16, page_size=5)
     inputs = make("paged_attention", torch.bfloat16, requests=requests, **heads)
     torch.set_num_threads(1)
+    check_as_good_as_torch("paged_attention", inputs, "native")
     alone = run("paged_attention", inputs)
-    assert alone[0].isfinite().all()
     for num_threads in (2, 3, 7):
         torch.set_num_threads(num_threads)
         assert same_bits(run("paged_attention", inputs), alone), num_threads
