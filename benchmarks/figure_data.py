@@ -12,7 +12,7 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from benchmarks.policies import EVERYBODY
+from benchmarks.policies import KINDS, is_bounded
 from benchmarks.rewards import mean_and_error
 from fssa_runtime.errors import InputError
 from fssa_runtime.training.synthetic import Population
@@ -232,42 +232,55 @@ class Policies(Part):
 
     @model_validator(mode="after")
     def comparable(self) -> Policies:
+        if not self.bounded:
+            raise ValueError("runs: expected one with the floor and every ceiling")
         for seed, run in enumerate(self.runs):
-            shapes = {name: policy.contexts.keys() for name, policy in run.items()}
-            if shapes != {name: policy.contexts.keys() for name, policy in self.runs[0].items()}:
-                raise ValueError(f"runs.{seed}: expected the policies and contexts of runs.0")
-            if EVERYBODY not in run or 0 not in run[EVERYBODY].contexts:
-                raise ValueError(f"runs.{seed}: expected {EVERYBODY!r} without choices")
-            for kind in run[EVERYBODY].contexts[0].modes:
-                own = run.get(f"DPO, {kind}")
-                if own is None or 0 not in own.contexts:
-                    raise ValueError(f"runs.{seed}: expected {f'DPO, {kind}'!r} without choices")
-            for name in self.between:
+            for name, policy in run.items():
+                if name.startswith("DPO, ") and policy.contexts.keys() != {0}:
+                    raise ValueError(f"runs.{seed}.{name}: expected scores without choices")
+        for name in self.between:
+            contexts = {frozenset(run[name].contexts) for run in self._trained(name)}
+            if len(contexts) > 1:
+                raise ValueError(f"runs.*.{name}: expected the same contexts in every run")
+            for run in self._trained(name):
                 for n, scores in run[name].contexts.items():
-                    if scores.modes.keys() != run[EVERYBODY].contexts[0].modes.keys():
-                        raise ValueError(f"runs.{seed}.{name}.contexts.{n}: expected every kind")
+                    if scores.modes.keys() != set(KINDS):
+                        raise ValueError(f"runs.*.{name}.contexts.{n}: expected every kind")
         return self
 
     @property
-    def kinds(self) -> list[str]:
-        return list(self.runs[0][EVERYBODY].contexts[0].modes)
+    def bounded(self) -> list[dict[str, _PolicyRun]]:
+        """The runs of the seeds that have the floor and every ceiling."""
+        return [run for run in self.runs if is_bounded(run)]
 
     @property
     def between(self) -> list[str]:
         """The policies that are held against floor and ceiling."""
-        held_against = {EVERYBODY, *(f"DPO, {kind}" for kind in self.kinds)}
-        return [name for name in self.runs[0] if name not in held_against]
+        every = dict.fromkeys(name for run in self.bounded for name in run)
+        return [name for name in every if not name.startswith("DPO, ")]
+
+    def num_seeds(self, name: str) -> int:
+        """How many seeds that policy was trained with."""
+        return len(self._trained(name))
+
+    def contexts(self, name: str) -> list[int]:
+        """The numbers of choices it was measured after."""
+        return sorted(self._trained(name)[0][name].contexts)
 
     def accuracy(self, name: str, n: int, kinds: Sequence[str]) -> Value:
         """Of one policy, the mean over `kinds` of its accuracy on each, which weighs them alike."""
-        modes = [[run[name].contexts[n].modes[kind] for kind in kinds] for run in self.runs]
-        return _mean_of_kinds(modes)
+        return _mean_of_kinds(
+            [[run[name].contexts[n].modes[kind] for kind in kinds] for run in self._trained(name)]
+        )
 
     def ceiling(self, kinds: Sequence[str]) -> Value:
         """The same of the policies dedicated to `kinds`, each on its own people."""
         return _mean_of_kinds(
-            [[run[f"DPO, {kind}"].contexts[0] for kind in kinds] for run in self.runs]
+            [[run[f"DPO, {kind}"].contexts[0] for kind in kinds] for run in self.bounded]
         )
+
+    def _trained(self, name: str) -> list[dict[str, _PolicyRun]]:
+        return [run for run in self.bounded if name in run]
 
 
 def _mean_of_kinds(by_run: Sequence[Sequence[_ModeScores]]) -> Value:

@@ -44,7 +44,7 @@ from benchmarks.figure_style import (
     series,
     to_svg,
 )
-from benchmarks.policies import EVERYBODY
+from benchmarks.policies import EVERYBODY, KINDS
 from fssa_runtime.errors import InputError
 from fssa_runtime.files import write_atomically
 from fssa_runtime.training.synthetic import Population
@@ -158,17 +158,21 @@ def draw_questions(result: Questions) -> Figure:
 
 def draw_policies(result: Policies) -> Figure:
     """Implicit-reward accuracy against n between floor and ceiling: all kinds, then each."""
-    kinds = result.kinds
-    shown = [("mean of the kinds", kinds), *((kind, [kind]) for kind in kinds)]
+    shown = [("mean of the kinds", KINDS), *((kind, (kind,)) for kind in KINDS)]
     # One place more than panels, for the legend.
     columns = 3
     rows = -(-(len(shown) + 1) // columns)
+
+    def label(name: str) -> str:
+        seeds = result.num_seeds(name)
+        return name if seeds == 1 else f"{name}, {seeds} seeds"
+
     figure, every = panels(rows, columns, 0.4 + 2.3 * rows, same_y="all")
     for axes, (title, members) in zip(every, shown, strict=False):
         for name, look in looks(result.between).items():
-            contexts = sorted(result.runs[0][name].contexts)
+            contexts = result.contexts(name)
             values = [result.accuracy(name, n, members) for n in contexts]
-            series(axes, contexts, values, name, look, scale=100)
+            series(axes, contexts, values, label(name), look, scale=100)
             axes.set_xticks(contexts)
         ceiling = result.ceiling(members).mean
         axes.axhline(100 * ceiling, color=LIMIT, lw=1.0, ls="--", label="DPO, this kind alone")
@@ -180,9 +184,8 @@ def draw_policies(result: Policies) -> Figure:
     for axes in every[len(shown) :]:
         axes.set_axis_off()
     handles, labels = every[0].get_legend_handles_labels()
-    seeds = len(result.runs)
-    over = "new people" if seeds == 1 else f"{seeds} seeds"
-    every[len(shown)].legend(handles, labels, loc="center", title=f"mean ± s.e. over {over}")
+    title = "mean ± s.e. over seeds,\nof one over new people"
+    every[len(shown)].legend(handles, labels, loc="center", title=title)
     figure.supylabel("implicit-reward accuracy, %", fontsize="medium")
     return figure
 

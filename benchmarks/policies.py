@@ -8,8 +8,8 @@ the prompt what costs no training. Between them stands NP-DPO, conditioned on n 
 and for prompts it never met, with the families of modulation at about equal numbers a user, and
 FiLM on every block, as in the paper. A run that is finished in the folder of runs, by the same
 recipe, is read and not repeated, one that was cut off goes on from its last checkpoint. What is not
-trained yet is taken from an earlier result if one is given (`--earlier`), seed by seed, and else
-left out of the comparison, which needs the floor and the ceilings.
+trained yet is taken from an earlier result if one is given (`--earlier`), seed by seed. A seed
+counts once it has the floor and the ceilings, every policy by the seeds that it was trained with.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -140,18 +140,28 @@ def closed(runs: Mapping[str, Mapping[str, Any]], name: str, n: str) -> dict[str
     return {"kinds": found, "share": gained / gap if gap else None}
 
 
-def summary(by_seed: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, Any]:
-    """By policy: what was measured by n, and the share of the gap closed, each as its mean and
-    standard error over the seeds."""
+def is_bounded(runs: Mapping[str, Any]) -> bool:
+    """Whether the floor and every ceiling are among the runs of a seed."""
+    return runs.keys() >= {EVERYBODY, *(f"DPO, {kind}" for kind in KINDS)}
+
+
+def summary(by_seed: Mapping[int, Mapping[str, Mapping[str, Any]]]) -> dict[str, Any]:
+    """By policy: the seeds it was trained with, what was measured by n, and the share of the gap
+    closed, each as its mean and standard error over these seeds.
+
+    Seeds that lack the floor or a ceiling are passed over.
+    """
+    bounded = {seed: runs for seed, runs in by_seed.items() if is_bounded(runs)}
     result: dict[str, Any] = {}
-    for name in by_seed[0]:
-        entry: dict[str, Any] = {"mean": over_seeds([{"heldout": runs[name]} for runs in by_seed])}
+    for name in dict.fromkeys(name for runs in bounded.values() for name in runs):
+        trained = {seed: runs for seed, runs in bounded.items() if name in runs}
+        mean = over_seeds([{"heldout": runs[name]} for runs in trained.values()])
+        result[name] = {"seeds": list(trained), "mean": mean}
         if name in (*FAMILIES, PROMPT):
-            entry["gap_closed"] = {
-                n: mean_and_error([closed(runs, name, n)["share"] for runs in by_seed])
-                for n in entry["mean"]
+            result[name]["gap_closed"] = {
+                n: mean_and_error([closed(runs, name, n)["share"] for runs in trained.values()])
+                for n in mean
             }
-        result[name] = entry
     return result
 
 
@@ -203,10 +213,10 @@ def main() -> int:
         print("the reward whose encoder they begin with", flush=True)
         reward_by_recipe(reward_recipe)
     model = LanguageModel.load(recipe.model, dtype=recipe.dtype, show_progress=True)
-    by_seed = []
+    by_seed: dict[int, dict[str, Any]] = {}
     sizes: dict[str, int] = {}
     for seed in seeds:
-        runs: dict[str, Any] = {}
+        runs = by_seed[seed] = {}
         for name, config in every.items():
             folder = RUNS / f"{name.replace(', ', '_').replace(' ', '_')}_seed{seed}"
             wanted, metrics = planned(config, folder, seed)
@@ -225,29 +235,24 @@ def main() -> int:
                 print(f"{name}, seed {seed}: {accuracies}", flush=True)
             if config.method == "np-dpo" and config.modulator is not None:
                 sizes[name] = RowLayout(config.modulator, model.decoder.config).generated_width
-        by_seed.append(runs)
-    missing = [name for name in every if any(name not in runs for runs in by_seed)]
-    if missing:
-        print(f"not trained yet: {'; '.join(missing)}")
-    if {EVERYBODY, *(f"DPO, {kind}" for kind in KINDS)} & set(missing):
-        print("nothing is compared: floor and ceiling are needed")
-        return 0 if options.only else 1
-    by_seed = [{name: runs[name] for name in every if name not in missing} for runs in by_seed]
+        if len(runs) < len(every):
+            print(f"seed {seed}, not trained: {'; '.join(n for n in every if n not in runs)}")
+        if not is_bounded(runs):
+            print(f"seed {seed} is not compared: floor and ceilings are needed")
     result = {
         "seeds": options.seeds,
-        "not_trained_yet": missing,
         "numbers_a_user": sizes,
         "reward": finished(reward_recipe) or earlier_reward,
         "summary": summary(by_seed),
-        "runs": by_seed,
+        "runs": list(by_seed.values()),
     }
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for name, entry in result["summary"].items():
         accuracies = {n: measured["accuracy"] for n, measured in entry["mean"].items()}
-        print(name, accuracies, entry.get("gap_closed", ""))
-    return 0
+        print(name, entry["seeds"], accuracies, entry.get("gap_closed", ""))
+    return 0 if result["summary"] or options.only else 1
 
 
 if __name__ == "__main__":

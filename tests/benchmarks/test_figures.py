@@ -188,8 +188,14 @@ def test_policies_between_floor_and_ceiling() -> None:
 
 
 def test_policies_of_several_seeds_have_the_error_over_seeds() -> None:
-    every, *_ = panels("policies", policies(seeds=3))
-    assert lines(every)["ours"][1] == pytest.approx([54, 84])
+    result = policies(seeds=4)
+    for seed in (1, 2):
+        del result["runs"][seed][PROMPT]
+    del result["runs"][3]["DPO, lists-"]  # a seed without a ceiling does not count
+    every, *_ = panels("policies", result)
+    drawn = lines(every)
+    assert drawn["ours, 3 seeds"][1] == pytest.approx([54, 84])
+    assert drawn[PROMPT][1] == pytest.approx([53, 63])
     assert bars(every)[0] == pytest.approx(ends([54, 84], [1 / 3**0.5] * 2))
 
 
@@ -290,11 +296,14 @@ def test_what_is_wrong_with_a_file_is_said() -> None:
     result["models"]["0"]["runs"][1]["recipe"]["data"]["rho"] = 0.1
     assert "correlation" in form_error("identify", json.dumps(result).encode())
     several = policies(seeds=2)
-    del several["runs"][1]["ours"]
-    assert "runs.1" in form_error("policies", json.dumps(several).encode())
+    del several["runs"][1]["ours"]["contexts"]["10"]
+    assert "runs.*.ours" in form_error("policies", json.dumps(several).encode())
+    several = policies(seeds=2)
+    del several["runs"][1]["DPO, lists+"]["contexts"]["0"]
+    assert "runs.1.DPO, lists+" in form_error("policies", json.dumps(several).encode())
     lacking = policies()
     del lacking["runs"][0]["DPO, lists+"]
-    assert "DPO, lists+" in form_error("policies", json.dumps(lacking).encode())
+    assert "every ceiling" in form_error("policies", json.dumps(lacking).encode())
 
 
 def test_the_limits_of_the_file_are_those_drawn() -> None:

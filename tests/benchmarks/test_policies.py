@@ -47,14 +47,13 @@ def test_the_gap_that_is_closed() -> None:
 
 def test_three_seeds_have_a_mean_and_an_error() -> None:
     """Floor 0.5, ceiling 0.9: of the gap 0.25, 0.5 and 0.75, and 0.5 with an error in all."""
-    by_seed = []
-    for accuracy in (0.6, 0.7, 0.8):
-        runs = {
+    by_seed = {}
+    for seed, accuracy in enumerate((0.6, 0.7, 0.8)):
+        by_seed[seed] = {
             "NP-DPO, gated": measured(dict.fromkeys(KINDS, accuracy)),
             EVERYBODY: measured(dict.fromkeys(KINDS, 0.5)),
             **{f"DPO, {kind}": measured({kind: 0.9}) for kind in KINDS},
         }
-        by_seed.append(runs)
     found = summary(by_seed)
     assert set(found) == set(by_seed[0])
     error = 0.1 / 3**0.5
@@ -62,7 +61,28 @@ def test_three_seeds_have_a_mean_and_an_error() -> None:
     assert ours["mean"]["0"]["accuracy"] == pytest.approx({"mean": 0.7, "standard_error": error})
     assert ours["gap_closed"]["0"] == pytest.approx({"mean": 0.5, "standard_error": error / 0.4})
     assert "gap_closed" not in found[EVERYBODY]
-    assert summary(by_seed[:1])["NP-DPO, gated"]["gap_closed"]["0"]["standard_error"] is None
+    assert summary({0: by_seed[0]})["NP-DPO, gated"]["gap_closed"]["0"]["standard_error"] is None
+
+
+def test_a_policy_counts_by_its_seeds_that_have_floor_and_ceilings() -> None:
+    bounds = {
+        EVERYBODY: measured(dict.fromkeys(KINDS, 0.5)),
+        **{f"DPO, {kind}": measured({kind: 0.9}) for kind in KINDS},
+    }
+    low, high = (measured(dict.fromkeys(KINDS, accuracy)) for accuracy in (0.6, 0.8))
+    found = summary(
+        {
+            1: bounds | {"NP-DPO, gated": low},
+            2: bounds | {"NP-DPO, gated": high, "NP-DPO, core": high},
+            5: {"NP-DPO, gated": high, "NP-DPO, film": high, EVERYBODY: bounds[EVERYBODY]},
+        }
+    )
+    assert set(found) == {*bounds, "NP-DPO, gated", "NP-DPO, core"}
+    assert [found[name]["seeds"] for name in (EVERYBODY, "NP-DPO, gated")] == [[1, 2], [1, 2]]
+    assert found["NP-DPO, gated"]["gap_closed"]["0"]["mean"] == pytest.approx(0.5)
+    assert found["NP-DPO, core"]["seeds"] == [2]
+    assert found["NP-DPO, core"]["gap_closed"]["0"]["mean"] == pytest.approx(0.75)
+    assert summary({0: {"NP-DPO, gated": low}}) == {}
 
 
 def test_families_are_compared_at_about_equal_numbers_a_user() -> None:
