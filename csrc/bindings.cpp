@@ -177,7 +177,7 @@ std::shared_ptr<Call> paged_attention(const Rows& tokens, const Rows& sequences,
                                       Address kv_lens, Address q_indptr, int64_t num_pages,
                                       int64_t page_size, int64_t max_pages, int64_t num_heads,
                                       int64_t num_kv_heads, int64_t head_dim, float scale,
-                                      int64_t window, Address scratch) {
+                                      int64_t window, Address scratch, int64_t num_threads) {
   auto call = std::make_shared<AttentionCall>();
   call->num_tokens = tokens.count;
   call->num_sequences = sequences.count;
@@ -201,6 +201,7 @@ std::shared_ptr<Call> paged_attention(const Rows& tokens, const Rows& sequences,
   call->scale = scale;
   call->window = window;
   call->scratch = out<float>(scratch);
+  call->done = std::make_unique<std::atomic<int64_t>[]>(num_threads);
   return call;
 }
 
@@ -287,7 +288,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("multiply_add_rate", &multiply_add_rate, NoGil(), py::arg("steps"), py::arg("num_threads"),
         "Floating-point operations a second, all in registers.");
   m.def("half_bytes", [](int code, int64_t k) { return half_bytes(dtype(code), k); });
-  m.def("attention_scratch", &AttentionCall::thread_scratch, py::arg("head_dim"));
+  m.def("attention_scratch", &AttentionCall::thread_scratch, py::arg("num_heads"),
+        py::arg("head_dim"), py::arg("max_keys"));
   m.attr("MAX_NORMED_HEAD") = kMaxNormedHead;
   m.attr("HALF_COLUMNS") = kHalfColumns;
   m.attr("SAMPLE_CHUNK") = kSampleChunk;

@@ -1,22 +1,51 @@
 // Kernel of paged attention. Keys are taken in blocks at absolute positions, one key in each lane; a
-// query row's softmax runs over its blocks in order. So a row's bits depend on its own keys alone:
-// not on the batch, nor on whether it is computed in decode or in any chunk of a prefill.
+// query row's softmax runs over the blocks of a split in order, and its splits are put together in
+// order. So a row's bits depend on its own keys alone: not on the batch, nor on the threads, nor on
+// whether it is computed in decode or in any chunk of a prefill.
 namespace FSSA_ISA {
 
 struct AttentionScratch {
-  float* out;      // [kQueryRows, padded D]
+  RowSums sums;    // of the split at hand
+  RowSums before;  // of the splits before it, put together
   float* keys;     // the block turned round: [D][kKeyBlock], bf16 [D/2][kKeyBlock][2]
   float* weights;  // [kQueryRows, kKeyBlock]
-  float* total;    // [kQueryRows, 16]
-  float* maximum;  // [kQueryRows]
   float* queries;  // [kQueryRows, padded D], for products of bf16 that are taken in fp32
 
   // The same for the rows from `row` on.
   FSSA_INLINE_MEMBER AttentionScratch from(int64_t row, int64_t padded) const {
-    return {out + row * padded, keys,          weights + row * kKeyBlock,
-            total + row * 16,   maximum + row, queries + row * padded};
+    AttentionScratch rest = *this;
+    rest.sums.skip(row, padded);
+    rest.before.skip(row, padded);
+    rest.weights += row * kKeyBlock;
+    rest.queries += row * padded;
+    return rest;
   }
 };
+
+FSSA_INLINE void clear(const RowSums& sums, int64_t rows, int64_t padded) {
+  for (int64_t i = 0; i < rows * padded; i += 16) store(sums.out + i, broadcast(0.0f));
+  for (int64_t r = 0; r < rows; ++r) {
+    sums.maximum[r] = -__builtin_inff();
+    store(sums.total + r * 16, broadcast(0.0f));
+  }
+}
+
+// sums = sums and the split that follows: both are brought to the higher of their maxima.
+FSSA_NOINLINE void put_together(RowSums sums, RowSums split, int64_t rows, int64_t padded) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const float before = sums.maximum[r], own = split.maximum[r];
+    const float now = own > before ? own : before;
+    sums.maximum[r] = now;
+    // Without a key yet there is nothing to be scaled.
+    const float base = now > -__builtin_inff() ? now : 0.0f;
+    const Vec fade = exp(broadcast(before - base)), weight = exp(broadcast(own - base));
+    const auto add_up = [&](float* sum, const float* more) {
+      store(sum, fma(load(sum), fade, mul(load(more), weight)));
+    };
+    add_up(sums.total + r * 16, split.total + r * 16);
+    for (int64_t d = r * padded; d < (r + 1) * padded; d += 16) add_up(sums.out + d, split.out + d);
+  }
+}
 
 // Sixteen keys turned round: word w of key j at to[w * kKeyBlock + j]; a word is one fp32 number or
 // two bf16 numbers, the last of an odd count with a zero.
@@ -199,13 +228,13 @@ FSSA_INLINE void soften_row(const AttentionCall& a, const AttentionPiece& piece,
     const Vec score = keep_lanes(load(weights + j), first - j, last - j, -__builtin_inff());
     highest = max(score, highest);
   }
-  const float before = s.maximum[row], block = largest(highest);
+  const float before = s.sums.maximum[row], block = largest(highest);
   const float now = block > before ? block : before;
-  Vec total = load(s.total + row * 16);
+  Vec total = load(s.sums.total + row * 16);
   if (before != now) {
     const Vec fade = exp(broadcast(before - now));
     total = mul(total, fade);
-    float* out = s.out + row * padded;
+    float* out = s.sums.out + row * padded;
     for (int64_t d = 0; d < padded; d += 16) store(out + d, mul(load(out + d), fade));
   }
   for (int64_t j = 0; j < num_keys; j += 16) {
@@ -214,8 +243,8 @@ FSSA_INLINE void soften_row(const AttentionCall& a, const AttentionPiece& piece,
     store(weights + j, kept);
     total = add(total, kept);
   }
-  store(s.total + row * 16, total);
-  s.maximum[row] = now;
+  store(s.sums.total + row * 16, total);
+  s.sums.maximum[row] = now;
 }
 
 FSSA_INLINE int64_t kv_head(const AttentionCall& a, int64_t head) {
@@ -247,8 +276,8 @@ struct KeyBlock {
   const T* values[kKeyBlock];
 };
 
-FSSA_INLINE int64_t first_block(const AttentionCall& a, const AttentionPiece& piece) {
-  return a.oldest_key(piece) / kKeyBlock * kKeyBlock;
+FSSA_INLINE int64_t first_block(const AttentionPiece& piece) {
+  return piece.first_key / kKeyBlock * kKeyBlock;
 }
 
 // The block of a piece's keys from `first` on, a multiple of kKeyBlock, for its first KV head.
@@ -259,8 +288,8 @@ FSSA_INLINE void find_block(const AttentionCall& a, const AttentionPiece& piece,
   const int64_t entry = a.num_kv_heads * a.head_dim;
   const int64_t offset = kv_head(a, piece.first_head) * a.head_dim;
   block.first = first;
-  block.num = smaller(kKeyBlock, a.num_keys(piece) - first);
-  block.oldest = larger(first, a.oldest_key(piece)) - first;
+  block.num = smaller(kKeyBlock, piece.stop_key - first);
+  block.oldest = larger(first, piece.first_key) - first;
   for (int64_t j = block.oldest; j < block.num;) {
     const int64_t at = first + j, in_page = at % a.page_size;
     const int64_t stop = smaller(block.num, j + a.page_size - in_page);
@@ -308,22 +337,65 @@ FSSA_INLINE void attend_block(const AttentionCall& a, const AttentionPiece& part
   }
   for (int64_t row = 0; row < num_rows; row += kMixRows) {
     mix_rows_of<kMixRows>(num_rows - row, block.values, block.num, s.weights + row * kKeyBlock,
-                          s.out + row * padded, padded, a.head_dim, values);
+                          s.sums.out + row * padded, padded, a.head_dim, values);
+  }
+}
+
+// Results of a piece's rows, from what was summed up of all their keys.
+template <typename T>
+FSSA_INLINE void store_rows(const AttentionCall& a, const AttentionPiece& piece,
+                            const AttentionScratch& s, const RowSums& sums) {
+  const int64_t padded = padded_dim(a.head_dim);
+  AttentionScratch from = s;
+  from.sums = sums;
+  for_each_part(a, piece, from, [&](const AttentionPiece& part, const AttentionScratch& own) {
+    for (int64_t r = 0; r < part.num_tokens * part.heads; ++r) {
+      T* out = static_cast<T*>(a.out) + ((part.first_token + r / part.heads) * a.num_heads +
+                                         part.first_head + r % part.heads) *
+                                            a.head_dim;
+      const Vec inverse = broadcast(1.0f / sum(load(own.sums.total + r * 16)));
+      for (int64_t d = 0; d < a.head_dim; d += 16) {
+        store_up_to(out + d, mul(load(own.sums.out + r * padded + d), inverse), a.head_dim - d);
+      }
+    }
+  });
+}
+
+// Results of the token of a piece, all heads, from the splits that the threads have left.
+template <typename T>
+FSSA_INLINE void store_divided(const AttentionCall& a, AttentionPiece piece,
+                               const AttentionScratch& s) {
+  const int64_t padded = padded_dim(a.head_dim);
+  const int64_t first = num_splits(a.oldest_key(piece) + 1) - 1, stop = num_splits(a.num_keys(piece));
+  for (int64_t head = 0; head < a.num_heads; head += kQueryRows) {
+    piece.first_head = head;
+    piece.heads = smaller(kQueryRows, a.num_heads - head);
+    const auto sums_of = [&](int64_t split) {
+      RowSums sums = a.split_sums(piece.divided, split);
+      sums.skip(head, padded);
+      return sums;
+    };
+    const RowSums sums = sums_of(first);
+    for (int64_t split = first + 1; split < stop; ++split) {
+      put_together(sums, sums_of(split), piece.heads, padded);
+    }
+    store_rows<T>(a, piece, s, sums);
   }
 }
 
 // A piece, whose first block is `block`; on return that is the first one of `next`, if there is one.
 template <typename T>
 FSSA_INLINE void attend(const AttentionCall& a, const AttentionPiece& piece,
-                        const AttentionPiece* next, const AttentionScratch& s,
+                        const AttentionPiece* next, const AttentionScratch& scratch,
                         KeyBlock<T>& block) {
   const int64_t padded = padded_dim(a.head_dim);
   const int64_t num_rows = piece.num_tokens * piece.heads;
-  for (int64_t i = 0; i < num_rows * padded; i += 16) store(s.out + i, broadcast(0.0f));
-  for (int64_t r = 0; r < num_rows; ++r) {
-    s.maximum[r] = -__builtin_inff();
-    store(s.total + r * 16, broadcast(0.0f));
+  AttentionScratch s = scratch;
+  if (piece.divided) {
+    s.sums = a.split_sums(piece.divided, num_splits(piece.first_key + 1) - 1);
+    s.sums.skip(piece.first_head, padded);
   }
+  clear(s.sums, num_rows, padded);
   if constexpr (kWidensQueries<T>) {
     for_each_part(a, piece, s, [&](const AttentionPiece& part, const AttentionScratch& own) {
       for (int64_t r = 0; r < part.num_tokens * part.heads; ++r) {
@@ -334,17 +406,33 @@ FSSA_INLINE void attend(const AttentionCall& a, const AttentionPiece& piece,
       }
     });
   }
-  const int64_t num_keys = a.num_keys(piece);
-  for (int64_t first = block.first; first < num_keys; first += kKeyBlock) {
+  int64_t split = split_stop(block.first);
+  bool is_first = true;
+  const auto end_split = [&] {
+    if (is_first) {
+      const RowSums free = s.before;
+      s.before = s.sums;
+      s.sums = free;
+    } else {
+      put_together(s.before, s.sums, num_rows, padded);
+    }
+    is_first = false;
+  };
+  for (int64_t first = block.first; first < piece.stop_key; first += kKeyBlock) {
+    if (first == split) {
+      end_split();
+      clear(s.sums, num_rows, padded);
+      split = split_stop(first);
+    }
     // The next block comes from memory while this one is computed, keys during the scores and
     // values while they are mixed.
-    const bool ends = first + kKeyBlock >= num_keys;
+    const bool ends = first + kKeyBlock >= piece.stop_key;
     const AttentionPiece* reader = ends ? next : &piece;
     KeyBlock<T> coming;
     Span spans[2 * kKeyBlock];
     Ahead keys{}, values{};
     if (reader != nullptr) {
-      find_block(a, *reader, ends ? first_block(a, *reader) : first + kKeyBlock, coming);
+      find_block(a, *reader, ends ? first_block(*reader) : first + kKeyBlock, coming);
       keys = to_bring(a, *reader, coming, coming.keys, spans);
       values = to_bring(a, *reader, coming, coming.values, spans + kKeyBlock);
     }
@@ -365,36 +453,37 @@ FSSA_INLINE void attend(const AttentionCall& a, const AttentionPiece& piece,
     fetch_rest(values);
     if (reader != nullptr) block = coming;
   }
-  for_each_part(a, piece, s, [&](const AttentionPiece& part, const AttentionScratch& own) {
-    for (int64_t r = 0; r < part.num_tokens * part.heads; ++r) {
-      T* out = static_cast<T*>(a.out) + ((part.first_token + r / part.heads) * a.num_heads +
-                                         part.first_head + r % part.heads) *
-                                            a.head_dim;
-      const Vec inverse = broadcast(1.0f / sum(load(own.total + r * 16)));
-      for (int64_t d = 0; d < a.head_dim; d += 16) {
-        store_up_to(out + d, mul(load(own.out + r * padded + d), inverse), a.head_dim - d);
-      }
-    }
-  });
+  if (piece.divided) {
+    if (a.completes(piece)) store_divided<T>(a, piece, s);
+  } else {
+    end_split();
+    store_rows<T>(a, piece, s, s.before);
+  }
+}
+
+template <typename T>
+FSSA_INLINE AttentionScratch scratch_of(const AttentionCall& a, int64_t thread) {
+  const int64_t padded = padded_dim(a.head_dim), sums = RowSums::floats(kQueryRows, padded);
+  float* const memory = a.memory_of(thread);
+  float* const keys = memory + 2 * sums;
+  float* const weights = keys + kKeyBlock * padded;
+  return {{memory, kQueryRows, padded},
+          {memory + sums, kQueryRows, padded},
+          keys,
+          weights,
+          weights + kQueryRows * kKeyBlock};
 }
 
 template <typename T>
 void attention(const AttentionCall& a, Team& team) {
   const int64_t batch = a.num_sequences.get(), tokens = a.num_tokens.get();
-  const int64_t padded = padded_dim(a.head_dim);
-  AttentionScratch s;
-  s.out = a.scratch + team.index() * AttentionCall::thread_scratch(a.head_dim);
-  s.keys = s.out + kQueryRows * padded;
-  s.weights = s.keys + kKeyBlock * padded;
-  s.total = s.weights + kQueryRows * kKeyBlock;
-  s.maximum = s.total + kQueryRows * 16;
-  s.queries = s.maximum + kQueryRows;
+  const AttentionScratch s = scratch_of<T>(a, team.index());
   // A piece is computed when the thread's next is known.
   AttentionWalk walk(a, team);
   AttentionPiece at_hand{}, next{};
   if (walk.next(at_hand)) {
     KeyBlock<T> block;
-    find_block(a, at_hand, first_block(a, at_hand), block);
+    find_block(a, at_hand, first_block(at_hand), block);
     Span spans[kKeyBlock];
     for (const T* const* rows : {block.keys, block.values}) {
       Ahead ahead = to_bring(a, at_hand, block, rows, spans);

@@ -234,16 +234,25 @@ def test_nan_in_a_row_stays_there(name, dtype):
 
 @pytest.mark.usefixtures("each_instruction_set")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("window", "num_kv_heads"), [(0, 2), (0, 1), (5, 2), (70, 2)])
-def test_decode_is_bitwise_any_chunking_of_the_prefill(num_kv_heads, window, dtype):
-    length = 150
+@pytest.mark.parametrize(
+    ("length", "window", "num_kv_heads"),
+    [(150, 0, 2), (150, 0, 1), (150, 5, 2), (150, 70, 2), (1050, 0, 2), (1050, 520, 2)],
+)
+def test_decode_is_bitwise_any_chunking_of_the_prefill(length, num_kv_heads, window, dtype):
     sizes = dict(num_heads=6, num_kv_heads=num_kv_heads, head_dim=83, page_size=7)
     # Neighbours before and after it, so that its pages and rows are not the first.
     requests = ((2, 9), (length, length), (1, 30))
     inputs = make("paged_attention", dtype, requests=requests, window=window, **sizes)
     whole = run("paged_attention", inputs)[0][2 : 2 + length]
     assert whole.isfinite().all()
-    for chunks in ((150,), (1,) * 150, (64, 64, 22), (33, 100, 17), (149, 1), (70, *(10,) * 8)):
+    for chunks in (
+        (length,),
+        (1,) * length,
+        (64, 64, length - 128),
+        (33, 100, length - 133),
+        (length - 1, 1),
+        (length - 80, *(10,) * 8),
+    ):
         stop, parts = 0, []
         for size in chunks:
             stop += size
@@ -259,14 +268,24 @@ def test_decode_is_bitwise_any_chunking_of_the_prefill(num_kv_heads, window, dty
 
 
 # More heads than a piece of work has rows; KV heads whose heads do not fill a piece; long requests
-# beside short ones, so that threads part in the middle of a KV head's heads.
+# beside short ones, so that threads part in the middle of a KV head's heads; so many keys that they
+# part in the middle of a token's keys, too.
 @pytest.mark.parametrize(
-    "requests", [((1, 200),), ((1, 3), (1, 130), (40, 90), (3, 70)), ((33, 33),)]
+    "requests",
+    [
+        ((1, 200),),
+        ((1, 3), (1, 130), (40, 90), (3, 70)),
+        ((33, 33),),
+        ((1, 1025),),
+        ((1, 5200),),
+        ((1, 40), (1, 1900), (5, 1300), (1, 512), (1, 1200)),
+    ],
 )
+@pytest.mark.parametrize("window", [0, 1500])
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(9, 3), (7, 1), (14, 2), (110, 1), (5, 5)])
-def test_threads_share_all_heads_out(num_heads, num_kv_heads, requests):
+def test_threads_share_heads_and_keys_out(num_heads, num_kv_heads, window, requests):
     heads = dict(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=16, page_size=5)
-    inputs = make("paged_attention", torch.bfloat16, requests=requests, **heads)
+    inputs = make("paged_attention", torch.bfloat16, requests=requests, window=window, **heads)
     torch.set_num_threads(1)
     check_as_good_as_torch("paged_attention", inputs, "native")
     alone = run("paged_attention", inputs)

@@ -45,8 +45,9 @@ def paged_attention_native(
     num_tokens, num_heads, head_dim = q.shape
     num_pages, page_size, num_kv_heads, _ = k_cache.shape
     out = empty(q, (num_tokens, num_heads, head_dim), q.dtype)
-    per_thread = NATIVE.attention_scratch(head_dim)
-    scratch = empty(q, (torch.get_num_threads(), per_thread), torch.float32)
+    max_pages, num_threads = block_tables.shape[1], torch.get_num_threads()
+    per_thread = NATIVE.attention_scratch(num_heads, head_dim, max_pages * page_size)
+    scratch = empty(q, (num_threads, per_thread), torch.float32)
     call = NATIVE.paged_attention(
         rows_of(q),
         rows_of(kv_lens),
@@ -61,13 +62,14 @@ def paged_attention_native(
         q_indptr.data_ptr(),
         num_pages,
         page_size,
-        block_tables.shape[1],
+        max_pages,
         num_heads,
         num_kv_heads,
         head_dim,
         scale,
         window,
         scratch.data_ptr(),
+        num_threads,
     )
     launch("paged_attention", call, q, k_cache, v_cache, block_tables, kv_lens, q_indptr, scratch)
     return out
