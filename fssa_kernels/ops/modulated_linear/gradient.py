@@ -18,6 +18,7 @@ from torch import Tensor
 from fssa_kernels.dispatch import Backend
 from fssa_kernels.gpu.backend import triton_backend
 from fssa_kernels.ops.modulated_linear.reference import (
+    add_product,
     modulate,
     modulate_bwd,
     rows_bwd,
@@ -86,14 +87,13 @@ def _all_bwd(
         low_needs = (need_x, *need_side)
         if family == "factors":
             assert slots is not None
-            low = _factors_bwd(dy, x, lora_a, lora_b, slots, splits, low_needs)
+            da, db = _factors_bwd(dx, dy, x, lora_a, lora_b, slots, splits, low_needs)
         else:
-            low = _shared_bwd(
+            du, da, db, drows = _shared_bwd(
                 dy, x, lora_a, lora_b, rows, slots, family, splits, low_needs, products
             )
-        dx_low, da, db, drows = low
-        if dx is not None and dx_low is not None:
-            dx += dx_low
+            if dx is not None and du is not None:
+                add_product(dx, du, lora_a.to(products))
     return [grad for grad in (dx, dweight, dbias, da, db, drows) if grad is not None]
 
 
@@ -109,17 +109,20 @@ def _shared_bwd(
     needs: Sequence[bool],
     products: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """(dx of the low-rank term, dA, dB, drows) where all rows share A and B.
+    """(du, dA, dB, drows) where all rows share A and B.
 
-    `needs` says which of the four are wanted; x is only read for the last three. Matrices meet in
-    the dtype `products`; what each user does between them is in fp32, or fp64.
+    `needs` says which of dx (for du), dA, dB and drows are wanted; x is only read for the last
+    three. Matrices meet in the dtype `products`; what each user does between them is in fp32, or
+    fp64.
     """
     need_x, need_a, need_b, need_rows = needs
     dy_parts = dy.to(products).split(splits, 1)
-    a, b_parts = lora_a.to(products), lora_b.to(products).split(splits)
+    b_parts = lora_b.to(products).split(splits)
     x = None if x is None else x.to(products)
-    u = widen(x @ a.t()) if x is not None and (need_b or need_rows) else None
-    dx = da = db = drows = None
+    u = None
+    if x is not None and (need_b or need_rows):
+        u = widen(x @ lora_a.to(products).t())
+    du = da = db = drows = None
     if need_b:
         assert u is not None
         mixed = modulate(u, rows, slots, family).to(products)
@@ -140,12 +143,11 @@ def _shared_bwd(
         if need_a:
             assert x is not None
             da = (du.t() @ x).to(lora_a.dtype)
-        if need_x:
-            dx = du @ a
-    return dx, da, db, drows
+    return du, da, db, drows
 
 
 def _factors_bwd(
+    dx: Tensor | None,
     dy: Tensor,
     x: Tensor | None,
     lora_a: Tensor,
@@ -153,26 +155,27 @@ def _factors_bwd(
     slots: Tensor,
     splits: Sequence[int],
     needs: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """(dx of the low-rank term, dA, dB, None) where every slot has its own A and B."""
-    need_x, need_a, need_b, _ = needs
-    dx = widen(dy).new_zeros(dy.shape[0], lora_a.shape[2]) if need_x else None
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dA, dB) where every slot has its own A and B; adds the low-rank term's part to dx."""
+    _, need_a, need_b, _ = needs
     all_da = torch.zeros_like(lora_a) if need_a else None
     all_db = torch.zeros_like(lora_b) if need_b else None
     for slot in slots.unique():
         mine = (slots == slot).nonzero().squeeze(1)
         x_mine = None if x is None else x[mine]
         a, b = lora_a[slot], lora_b[slot]
-        dx_mine, da, db, _ = _shared_bwd(
+        du, da, db, _ = _shared_bwd(
             dy[mine], x_mine, a, b, None, None, "static", splits, needs, wide(dy.dtype)
         )
-        if dx is not None and dx_mine is not None:
+        if dx is not None and du is not None:
+            dx_mine = dx[mine]
+            add_product(dx_mine, du, widen(a))
             dx[mine] = dx_mine
         if all_da is not None and da is not None:
             all_da[slot] = da
         if all_db is not None and db is not None:
             all_db[slot] = db
-    return dx, all_da, all_db, None
+    return all_da, all_db
 
 
 def save_for_bwd(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

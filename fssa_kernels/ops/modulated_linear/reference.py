@@ -89,7 +89,15 @@ def _add_low_rank(y: Tensor, u: Tensor, lora_b: Tensor, splits: Sequence[int]) -
     rank = lora_b.shape[1]
     parts = zip(y.split(splits, 1), u.split(rank, 1), lora_b.split(splits), strict=True)
     for y_s, u_s, b_s in parts:
-        y_s.add_(u_s @ b_s.t())
+        add_product(y_s, u_s, b_s.t())
+
+
+def add_product(y: Tensor, a: Tensor, b: Tensor) -> None:
+    """y += a b, rounded to y's dtype once."""
+    if y.dtype == a.dtype:
+        y.addmm_(a, b)  # without a product of its own in memory
+    else:
+        y.add_(a @ b)
 
 
 def _add_factors(
