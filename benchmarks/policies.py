@@ -7,8 +7,8 @@ for everybody is the floor, a DPO policy dedicated to each kind the ceiling, and
 the prompt what costs no training. Between them stands NP-DPO, conditioned on n choices of people
 and for prompts it never met, with the families of modulation at about equal numbers a user, and
 FiLM on every block, as in the paper. A run that is finished in the folder of runs, by the same
-recipe, is read and not repeated, one that was cut off goes on from its last checkpoint. What is not
-trained yet is taken from an earlier result if one is given (`--earlier`), seed by seed. A seed
+recipe, is read and not repeated, one that was cut off goes on from its last checkpoint. What the
+folder lacks is taken from an earlier result if one is given (`--earlier`), seed by seed. A seed
 counts once it has the floor and the ceilings, every policy by the seeds that it was trained with.
 """
 
@@ -182,7 +182,7 @@ def main() -> int:
         "--earlier",
         type=Path,
         metavar="FILE",
-        help="a result of this benchmark, for what the folder of runs lacks of a seed",
+        help="a result of this benchmark: what it has of a seed is not trained again",
     )
     parser.add_argument(
         "--dtype",
@@ -220,7 +220,8 @@ def main() -> int:
         for name, config in every.items():
             folder = RUNS / f"{name.replace(', ', '_').replace(' ', '_')}_seed{seed}"
             wanted, metrics = planned(config, folder, seed)
-            if metrics is None and (options.only is None or name in options.only):
+            is_wanted = options.only is None or name in options.only
+            if metrics is None and is_wanted and name not in earlier.get(seed, {}):
                 print(f"{name}, seed {seed}", flush=True)
                 metrics = train(wanted, model)
             if metrics is not None:
