@@ -461,7 +461,6 @@ FSSA_INLINE void attend(const AttentionCall& a, const AttentionPiece& piece,
   }
 }
 
-template <typename T>
 FSSA_INLINE AttentionScratch scratch_of(const AttentionCall& a, int64_t thread) {
   const int64_t padded = padded_dim(a.head_dim), sums = RowSums::floats(kQueryRows, padded);
   float* const memory = a.memory_of(thread);
@@ -477,7 +476,7 @@ FSSA_INLINE AttentionScratch scratch_of(const AttentionCall& a, int64_t thread) 
 template <typename T>
 void attention(const AttentionCall& a, Team& team) {
   const int64_t batch = a.num_sequences.get(), tokens = a.num_tokens.get();
-  const AttentionScratch s = scratch_of<T>(a, team.index());
+  const AttentionScratch s = scratch_of(a, team.index());
   // A piece is computed when the thread's next is known.
   AttentionWalk walk(a, team);
   AttentionPiece at_hand{}, next{};

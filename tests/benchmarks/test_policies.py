@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,11 +22,14 @@ from benchmarks.policies import (
     summary,
     variants,
 )
+from benchmarks.text_population import ROOT
 from fssa_runtime.conditioning.layout import RowLayout
 from fssa_runtime.errors import InputError
 from fssa_runtime.integrations.modules import ModelShape
 from fssa_runtime.training.policy_recipe import PolicyConfig
 from fssa_runtime.training.trainer import load_config
+
+COMMITTED = ROOT / "benchmarks" / "results" / "cpu" / "policies.json"
 
 
 def measured(accuracies: dict[str, float], n: str = "0") -> dict:
@@ -153,6 +157,36 @@ def test_an_earlier_result_stands_in_for_what_the_folder_of_runs_lacks(tmp_path:
             read_earlier(file)
     with pytest.raises(InputError, match="no_such_file"):
         read_earlier(tmp_path / "no_such_file")
+
+
+def test_what_an_earlier_result_has_is_not_trained_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    earlier = json.loads(COMMITTED.read_text())
+    lacking = earlier["runs"][0].pop("DPO, lists-")
+    trained = []
+
+    def train(config: PolicyConfig, _: object) -> dict:
+        trained.append(config.data.mode)
+        return {"heldout": lacking, "train_seconds": 1.0}
+
+    model = SimpleNamespace(
+        decoder=SimpleNamespace(config=ModelShape(30, 576, (576, 192, 192), (1536, 1536)))
+    )
+    monkeypatch.setattr(policies, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(policies, "make_choices", lambda *_: None)
+    monkeypatch.setattr(policies, "train", train)
+    monkeypatch.setattr(policies.LanguageModel, "load", lambda *_, **__: model)
+    source, target = tmp_path / "earlier.json", tmp_path / "new.json"
+    source.write_text(json.dumps(earlier | {"seeds": "0", "runs": earlier["runs"][:1]}))
+    only = ["--only", EVERYBODY, "--only", "DPO, lists-"]
+    command = ["policies", "--seeds", "0", *only, "--earlier", str(source), "--json", str(target)]
+    monkeypatch.setattr("sys.argv", command)
+    assert policies.main() == 0
+    assert trained == ["lists-"]
+    runs = json.loads(target.read_text())["runs"][0]
+    assert runs[EVERYBODY] == earlier["runs"][0][EVERYBODY]
+    assert runs["DPO, lists-"]["train_seconds"] == 1.0
 
 
 def test_one_dtype_is_that_of_the_policies_and_of_the_reward() -> None:
