@@ -204,7 +204,7 @@ def _extensions() -> list[Pybind11Extension]:
     headers = [str(p) for p in Path("csrc").rglob("*") if p.suffix in (".h", ".inl")]
     native = Pybind11Extension(
         "fssa_kernels._native",
-        # Backwards, so that isa_portable.cpp, which takes longest, is among the first.
+        # Backwards, so that the instruction sets, which take longest, are among the first.
         [*_sources("csrc/cpu", ".cpp")[::-1], "csrc/bindings.cpp"],
         depends=headers,
         cxx_std=17,
