@@ -115,6 +115,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--keys", type=int, default=80, help="keys of every row (80)")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=None, help="default: physical cores")
+    parser.add_argument(
+        "--instruction-set", help="of the kernels: avx2 or portable, say (default: the best here)"
+    )
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--json", type=Path, help="where the result goes")
     options = parser.parse_args(arguments)
@@ -128,6 +131,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--batch: expected numbers, got {options.batch!r}")
     if min([*batches, options.keys, options.rounds]) < 1:
         parser.error("sizes and rounds must be at least 1")
+    if options.instruction_set is not None:
+        try:
+            NATIVE.set_instruction_set(options.instruction_set)
+        except ValueError as error:
+            parser.error(f"--instruction-set: {error}")
     set_threads(options.threads)
     model = LanguageModel.load(options.model, dtype="bfloat16")
     most = model.decoder.config.max_positions

@@ -90,3 +90,21 @@ def test_more_keys_than_the_model_has_positions(tmp_path: Path, capsys) -> None:
     with pytest.raises(SystemExit):
         cpu_profile.main(["--model", str(folder), "--keys", "513"])
     assert "--keys: expected at most the model's 512 positions, got 513" in capsys.readouterr().err
+
+
+def test_the_kernels_of_a_named_instruction_set_are_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cpu_profile, "REGISTER_STEPS", 20_000)
+    monkeypatch.setattr(cpu_profile, "DECODED", 2)
+    target, before = tmp_path / "profile.json", NATIVE.instruction_set()
+    arguments = ["--model", str(write_model(tmp_path / "model")), "--batch", "1", "--keys", "20"]
+    arguments += ["--rounds", "1", "--json", str(target), "--instruction-set"]
+    try:
+        assert cpu_profile.main([*arguments, "portable"]) == 0
+        assert json.loads(target.read_text())["machine"]["instruction_set"] == "portable"
+        with pytest.raises(SystemExit):
+            cpu_profile.main([*arguments, "sse9"])
+        assert "expected one of" in capsys.readouterr().err
+    finally:
+        NATIVE.set_instruction_set(before)
