@@ -1,5 +1,5 @@
 // Sixteen lanes of fp32 in four vectors of GNU C++: many machines have such, and compilers make up
-// for those that have not. Plain loops over lanes ended up in memory, lane by lane.
+// for those that have not. Loops over single lanes take longer: benchmarks/README.md.
 namespace FSSA_ISA {
 
 // Rows of a tile, and sums of sixteen columns at a time: as many as the registers hold.
