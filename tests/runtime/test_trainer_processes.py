@@ -15,13 +15,20 @@ from fssa_runtime.env import Process, process
 from fssa_runtime.training.trainer import TrainSettings, training_device
 
 SCRIPT = """
-import json, sys
+import json, sys, time
 from pathlib import Path
 import torch
+from transformers import Trainer
 from fssa_runtime.env import process
 from fssa_runtime.training.reward import RewardConfig, train_reward
 
 torch.set_num_threads(1)
+if process().rank == 1:  # the second process writes its part of a checkpoint late
+    at_once = Trainer._save_rng_state
+    def late(*args):
+        time.sleep(0.5)
+        at_once(*args)
+    Trainer._save_rng_state = late
 folder = Path(sys.argv[1])
 tasks_per_batch = int(sys.argv[2])
 config = RewardConfig.model_validate({
@@ -76,6 +83,9 @@ def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
         if name == "head_out.bias":  # differences of rewards have no gradient for it but rounding
             continue
         torch.testing.assert_close(first[name], tensor, rtol=1e-4, atol=1e-5)
+    for checkpoint in (tmp_path / "two" / "run").glob("checkpoint-*"):
+        late, last = checkpoint / "rng_state_1.pth", checkpoint / "trainer_state.json"
+        assert late.stat().st_mtime_ns <= last.stat().st_mtime_ns, "said to be complete too early"
     results = [
         json.loads((tmp_path / folder / f"result{rank}.json").read_text())
         for folder, rank in (("one", 0), ("two", 0), ("two", 1))
