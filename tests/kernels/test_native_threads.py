@@ -1,7 +1,10 @@
 """How threads share work out: headers of csrc/cpu, compiled into programs that say so."""
 
+import ctypes
+import mmap
 import shutil
 import subprocess
+import sys
 from collections import defaultdict
 from itertools import pairwise
 from pathlib import Path
@@ -9,9 +12,14 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fssa_kernels import StepGraph, modulated_linear, pack_matrix
+from fssa_kernels.native import MISSING, NATIVE
+
+PAGE = mmap.PAGESIZE
 FOLDER = Path(__file__).parent
 SOURCES = FOLDER.parents[1] / "csrc" / "cpu"
 COMPILER = shutil.which("g++") or shutil.which("clang++")
@@ -19,10 +27,10 @@ COMPILER = shutil.which("g++") or shutil.which("clang++")
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no g++ or clang++")
 
 
-def compiled(folder, name, *sources):
+def compiled(folder, name, *sources, options=("-fopenmp",)):
     files = [str(FOLDER / f"{name}.cpp"), *(str(SOURCES / source) for source in sources)]
-    options = ["-std=c++17", "-O1", "-fopenmp", f"-I{SOURCES}", "-o", str(folder / name)]
-    subprocess.run([COMPILER, *files, *options], check=True)
+    common = ["-std=c++17", "-O1", f"-I{SOURCES}", "-o", str(folder / name)]
+    subprocess.run([COMPILER, *files, *common, *options], check=True)
     return folder / name
 
 
@@ -31,6 +39,34 @@ def test_who_has_no_work_left_takes_what_another_has_not_begun(tmp_path):
     result = subprocess.run([program], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, "nobody helped"
     assert result.stdout.split() == ["1"] * 16
+
+
+@pytest.mark.skipif(NATIVE is None, reason=str(MISSING))
+@pytest.mark.skipif(sys.platform != "linux", reason="holds memory back by Linux's signals")
+def test_a_linear_is_finished_by_who_is_not_held_up(tmp_path):
+    """Who begins the second half of the panels waits for its weight until all else is done; who
+    has the first half waits until then, so as not to be done before the other offers any."""
+    tokens, panels, inputs = 64, 8, 512
+    torch.manual_seed(0)
+    x, matrix = torch.randn(tokens, inputs), torch.randn(32 * panels, inputs)
+    weight = pack_matrix(matrix)
+    torch.set_num_threads(2)
+    graph = StepGraph.record(lambda _: modulated_linear(x, weight), {"tokens": [x]})
+    y = graph.outputs
+    with torch.inference_mode():
+        y.fill_(torch.nan)
+    starts = [weight.data.data_ptr() + weight.num_bytes * half // 2 for half in (0, 1)]
+    pages = [ctypes.c_void_p(-(-start // PAGE) * PAGE) for start in starts]
+    columns = (16 * panels, 16 * panels + 32)
+    probe = ctypes.CDLL(str(compiled(tmp_path, "held_page_probe", options=("-shared", "-fPIC"))))
+    numbers = map(ctypes.c_int64, (*y.shape, *columns))
+    assert not probe.hold(*pages, ctypes.c_int64(PAGE), ctypes.c_void_p(y.data_ptr()), *numbers)
+    try:
+        graph.replay(tokens=tokens)
+    finally:
+        late = probe.release()
+    assert late == 0, "nobody helped" if late > 0 else "nobody was held up"
+    torch.testing.assert_close(y, x @ matrix.T, rtol=1e-4, atol=1e-3)
 
 
 class Piece(NamedTuple):
