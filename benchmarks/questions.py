@@ -8,10 +8,12 @@
 of `recipes/text_questions`, who are asked about answers to prompts that no training saw. Rewards
 are trained first if they are not in the folder of runs. `shipped`: the reward that ships, and the
 people of `recipes/smollm2_135m` that no training saw, each a kind of their own; seeds are only
-those of the questions. Every simulated user, equally many of every
-kind, answers question after question; each is taken from a fresh pool of random pairs, the same for
-both ways of asking: the pair of largest expected information gain, or the first of the pool. No
-user meets a pair twice. After every answer the prediction of other pairs is measured.
+those of the questions.
+
+Every simulated user, equally many of every kind, answers question after question; each is taken
+from a fresh pool of random pairs, the same for both ways of asking: the pair of largest expected
+information gain, or the first of the pool. No user meets a pair twice. After every answer the
+prediction of other pairs is measured.
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,6 +39,7 @@ from fssa_runtime.training.reward import RewardModel
 # share is to be reached.
 SHARE_OF_CEILING = 0.9
 ASKED_AT_ONCE = 50
+WAYS = ("active", "random")
 QUESTIONS = {"synthetic": 8, "text": 16, "shipped": 16}
 
 
@@ -60,16 +64,10 @@ def main() -> int:
     arguments.questions = arguments.questions or QUESTIONS[arguments.task]
     for seed in seeds:
         task = TASKS[arguments.task](seed, arguments.runs)
-        curves = {way: ask(task, way == "active", seed, arguments) for way in ("active", "random")}
+        curves = {way: ask(task, way == "active", seed, arguments) for way in WAYS}
         needed = {way: choices_needed(curve, task.ceiling) for way, curve in curves.items()}
         runs.append({"seed": seed, "accuracy": curves, "choices_needed": needed})
         print(json.dumps(runs[-1]), flush=True)
-    ratios = [
-        None
-        if None in run["choices_needed"].values()
-        else run["choices_needed"]["active"] / run["choices_needed"]["random"]
-        for run in runs
-    ]
     result = {
         "task": arguments.task,
         "kinds": task.kinds,
@@ -79,26 +77,38 @@ def main() -> int:
         "targets": arguments.targets,
         "samples": arguments.samples,
         "share_of_ceiling": SHARE_OF_CEILING,
-        "mean": {
-            "accuracy": {
-                way: [
-                    mean_and_error([run["accuracy"][way][n] for run in runs])
-                    for n in range(arguments.questions + 1)
-                ]
-                for way in ("active", "random")
-            },
-            "choices_needed": {
-                way: mean_and_error([run["choices_needed"][way] for run in runs])
-                for way in ("active", "random")
-            },
-            "active_over_random": mean_and_error(ratios),
-        },
+        "mean": over_runs(runs),
         "runs": runs,
     }
     if arguments.json is not None:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 0
+
+
+def over_runs(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Means and standard errors over the seeds: of the accuracy after every number of answers, of
+    the choices needed, and of their ratio. These have no mean where one seed never gets there."""
+    needed = {way: [run["choices_needed"][way] for run in runs] for way in WAYS}
+    ratios = [
+        None if None in pair else pair[0] / pair[1]
+        for pair in zip(needed["active"], needed["random"], strict=True)
+    ]
+
+    def of_all(values: Sequence[float | None]) -> dict[str, float | None]:
+        return mean_and_error([] if None in values else values)
+
+    return {
+        "accuracy": {
+            way: [
+                mean_and_error(column)
+                for column in zip(*(run["accuracy"][way] for run in runs), strict=True)
+            ]
+            for way in WAYS
+        },
+        "choices_needed": {way: of_all(values) for way, values in needed.items()},
+        "active_over_random": of_all(ratios),
+    }
 
 
 def choices_needed(accuracy: Sequence[float], ceiling: float) -> float | None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.question_tasks import Pairs, SyntheticTask, drawn
-from benchmarks.questions import accuracy, ask, choices_needed, chosen_first
+from benchmarks.questions import accuracy, ask, choices_needed, chosen_first, over_runs
 from fssa_runtime.conditioning.encoder import EncoderSettings
 from fssa_runtime.training.evaluation import Scores
 from fssa_runtime.training.reward_model import RewardModel, RewardModelConfig
@@ -30,6 +30,20 @@ def test_choices_needed_is_linear_between_whole_numbers() -> None:
     assert choices_needed([0.75, 0.9], 1.0) is None
     # To 0.8 they are 0.77.
     assert choices_needed([0.5, 0.75, 0.79], 0.8) == pytest.approx(1.5)
+
+
+def test_a_seed_that_never_gets_there_is_not_left_out_of_a_mean() -> None:
+    def run(active: float | None, random: float | None) -> dict[str, object]:
+        needed = {"active": active, "random": random}
+        return {"accuracy": {way: [0.5, 0.8] for way in needed}, "choices_needed": needed}
+
+    found = over_runs([run(2.0, 4.0), run(3.0, None)])
+    assert found["choices_needed"]["active"]["mean"] == pytest.approx(2.5)
+    assert found["choices_needed"]["random"]["mean"] is None
+    assert found["active_over_random"]["mean"] is None
+    found = over_runs([run(2.0, 4.0), run(3.0, 4.0)])
+    assert found["active_over_random"]["mean"] == pytest.approx(0.625)
+    assert [entry["mean"] for entry in found["accuracy"]["active"]] == [0.5, 0.8]
 
 
 def test_people_answer_like_their_kind_as_often_as_they_should() -> None:
