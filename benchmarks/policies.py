@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.kept_runs import finished, same_run
+from benchmarks.kept_runs import finished, same_run, without_folder
 from benchmarks.rewards import mean_and_error, over_seeds
 from benchmarks.text_population import ROOT, make_choices
 from fssa_runtime.conditioning.layout import RowLayout
@@ -74,13 +74,17 @@ def variants(recipe: PolicyConfig) -> dict[str, PolicyConfig]:
     return {name: PolicyConfig.model_validate(base | changes) for name, changes in made.items()}
 
 
-def reward_in(dtype: str | None) -> RewardConfig:
-    """The recipe of the reward, its base model in that dtype (None: the recipe's own)."""
-    changed = load_config(RECIPES / "reward.yaml", RewardConfig).model_dump()
-    changed["train"]["overwrite"] = True
-    if dtype is not None:
-        changed["options"]["dtype"] = dtype
-    return RewardConfig.model_validate(changed)
+def recipes_in(dtype: str | None) -> tuple[RewardConfig, PolicyConfig]:
+    """Of the reward and of the policies that begin with its encoder, the base model in that dtype
+    (None: the recipes' own), in which the reward has a folder of its own."""
+    reward = load_config(RECIPES / "reward.yaml", RewardConfig).model_dump()
+    policy = load_config(RECIPES / "policy.yaml", PolicyConfig).model_dump()
+    reward["train"]["overwrite"] = True
+    if dtype not in (None, policy["dtype"]):
+        folder = Path(f"{reward['train']['output_dir']}_{dtype}")
+        reward["train"]["output_dir"] = policy["init_encoder"] = folder
+        reward["options"]["dtype"] = policy["dtype"] = dtype
+    return RewardConfig.model_validate(reward), PolicyConfig.model_validate(policy)
 
 
 def planned(config: PolicyConfig, folder: Path, seed: int) -> tuple[PolicyConfig, dict | None]:
@@ -110,18 +114,19 @@ def _with_train(config: PolicyConfig, settings: Mapping[str, Any]) -> PolicyConf
     return config.model_copy(update={"train": config.train.model_copy(update=settings)})
 
 
-def read_earlier(path: Path | None) -> tuple[dict[int, dict[str, Any]], Any]:
-    """The runs of a result file by their seed, and its reward; nothing of either without a file.
+def read_earlier(path: Path | None) -> tuple[dict[int, dict[str, Any]], dict[str, Any]]:
+    """The runs of a result file by their seed, and its rewards by their dtype; nothing of either
+    without a file.
 
     Raises:
         InputError: no such file, or not a result of this benchmark.
     """
     if path is None:
-        return {}, None
+        return {}, {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         seeds = map(int, found["seeds"].split(","))
-        return dict(zip(seeds, found["runs"], strict=True)), found["reward"]
+        return dict(zip(seeds, found["runs"], strict=True)), dict(found["rewards"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"--earlier {path}: {type(error).__name__}: {error}") from error
 
@@ -193,10 +198,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--json", type=Path, help="where the result goes")
     options = parser.parse_args()
-    recipe = load_config(RECIPES / "policy.yaml", PolicyConfig)
-    reward_recipe = reward_in(options.dtype)
-    if options.dtype is not None:
-        recipe = recipe.model_copy(update={"dtype": options.dtype})
+    reward_recipe, recipe = recipes_in(options.dtype)
     every = variants(recipe)
     unknown = set(options.only or ()) - set(every)
     if unknown:
@@ -204,7 +206,7 @@ def main() -> int:
     set_threads(options.threads)
     seeds = list(map(int, options.seeds.split(",")))
     try:
-        earlier, earlier_reward = read_earlier(options.earlier)
+        earlier, rewards = read_earlier(options.earlier)
         make_choices(RECIPES, RUNS)
     except InputError as error:
         parser.error(str(error))
@@ -212,6 +214,9 @@ def main() -> int:
     if finished(reward_recipe) is None and conditioned & set(options.only or every):
         print("the reward whose encoder they begin with", flush=True)
         reward_by_recipe(reward_recipe)
+    reward = finished(reward_recipe)
+    if reward is not None:
+        rewards[recipe.dtype] = without_folder(reward)
     model = LanguageModel.load(recipe.model, dtype=recipe.dtype, show_progress=True)
     by_seed: dict[int, dict[str, Any]] = {}
     sizes: dict[str, int] = {}
@@ -243,7 +248,7 @@ def main() -> int:
     result = {
         "seeds": options.seeds,
         "numbers_a_user": sizes,
-        "reward": finished(reward_recipe) or earlier_reward,
+        "rewards": rewards,
         "summary": summary(by_seed),
         "runs": list(by_seed.values()),
     }

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks import policies
+from benchmarks.kept_runs import same_run
 from benchmarks.policies import (
     EVERYBODY,
     FAMILIES,
@@ -18,7 +19,7 @@ from benchmarks.policies import (
     closed,
     planned,
     read_earlier,
-    reward_in,
+    recipes_in,
     summary,
     variants,
 )
@@ -146,9 +147,9 @@ def test_conditioned_policies_see_every_kind_as_often_as_its_own_policy_does() -
 
 
 def test_an_earlier_result_stands_in_for_what_the_folder_of_runs_lacks(tmp_path: Path) -> None:
-    assert read_earlier(None) == ({}, None)
+    assert read_earlier(None) == ({}, {})
     file = tmp_path / "policies.json"
-    result = {"seeds": "0,2", "runs": [{"a": 1}, {"a": 2}], "reward": {"b": 3}}
+    result = {"seeds": "0,2", "runs": [{"a": 1}, {"a": 2}], "rewards": {"b": 3}}
     file.write_text(json.dumps(result))
     assert read_earlier(file) == ({0: {"a": 1}, 2: {"a": 2}}, {"b": 3})
     for content in ("{}", "[]", "not JSON", json.dumps(result | {"seeds": "0"})):
@@ -189,9 +190,19 @@ def test_what_an_earlier_result_has_is_not_trained_again(
     assert runs["DPO, lists-"]["train_seconds"] == 1.0
 
 
-def test_one_dtype_is_that_of_the_policies_and_of_the_reward() -> None:
-    own, changed = reward_in(None), reward_in("float32")
-    assert own.options is not None
-    assert changed.options is not None
-    assert (own.options.dtype, changed.options.dtype) == ("bfloat16", "float32")
-    assert changed.model_copy(update={"options": own.options}) == own
+def test_policies_begin_with_a_reward_that_reads_in_their_dtype() -> None:
+    (own_reward, own), (reward, policy) = recipes_in(None), recipes_in("float32")
+    assert own_reward.options is not None
+    assert reward.options is not None
+    assert (own_reward.options.dtype, own.dtype) == ("bfloat16", "bfloat16")
+    assert (reward.options.dtype, policy.dtype) == ("float32", "float32")
+    assert own.init_encoder == own_reward.train.output_dir
+    assert policy.init_encoder == reward.train.output_dir != own.init_encoder
+    # Nothing else differs, and a run that begins with the other's encoder is another run.
+    changed = {"options": own_reward.options, "train": own_reward.train}
+    assert reward.model_copy(update=changed) == own_reward
+    changed = {"dtype": own.dtype, "init_encoder": own.init_encoder}
+    assert policy.model_copy(update=changed) == own
+    recorded = own.model_dump(mode="json") | {"dtype": "float32"}
+    assert not same_run(recorded, policy)
+    assert recipes_in("bfloat16") == (own_reward, own)
