@@ -35,6 +35,7 @@ from benchmarks.kept_runs import finished, same_run, without_folder
 from benchmarks.people_data import FEATURES, find_table, write_choices
 from benchmarks.rewards import RECIPES, ROOT, mean_and_error
 from fssa_runtime.conditioning.encoder import antithetic_noise, real_choices
+from fssa_runtime.files import write_atomically
 from fssa_runtime.training.choices import read_choices, split_users
 from fssa_runtime.training.evaluation import Scores, evaluate
 from fssa_runtime.training.losses import luce_log_probs
@@ -127,7 +128,7 @@ def measure(config: RewardConfig, python: Path, draws: int) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(measured.read_text(encoding="utf-8"))
         if same_run(found["np_btl"]["recipe"], config) and found["logit"]["draws"] == draws:
             return found | {"np_btl": without_folder(found["np_btl"])}
-    metrics = trained(config)
+    metrics = finished(config) or train_reward(config).metrics
     logits = estimated(config, python, draws)
     source = reward_source(config, None, None)
     tasks_by_n = {}
@@ -143,14 +144,8 @@ def measure(config: RewardConfig, python: Path, draws: int) -> dict[str, Any]:
         for n, entry in found["contexts"].items():
             contexts[n][name] = entry
     found = {"np_btl": metrics, "logit": logits, "contexts": contexts}
-    measured.write_text(json.dumps(found) + "\n", encoding="utf-8")
-    return found
-
-
-def trained(config: RewardConfig) -> dict[str, Any]:
-    """NP-BTL's metrics, from the run's folder if it is finished there."""
-    metrics = finished(config)
-    return without_folder(train_reward(config).metrics if metrics is None else metrics)
+    write_atomically(measured, (json.dumps(found) + "\n").encode())
+    return found | {"np_btl": without_folder(metrics)}
 
 
 def estimated(config: RewardConfig, python: Path, draws: int) -> dict[str, Any]:

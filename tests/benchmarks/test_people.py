@@ -2,15 +2,20 @@
 
 import json
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from benchmarks import people
 from benchmarks.people import POOLED, POPULATION, POSTERIOR, over_folds, predictors
 from benchmarks.people_data import FEATURES, find_table, write_choices
 from benchmarks.rewards import gap_closed, mean_and_error, over_seeds
 from fssa_runtime.training.choices import read_choices
+from fssa_runtime.training.reward_recipe import RewardConfig
 from fssa_runtime.training.tasks import OptionTask, collate_options
+from fssa_runtime.training.trainer import load_config
 
 SWISSMETRO = """\
 ID,GA,TRAIN_AV,CAR_AV,SM_AV,TRAIN_TT,TRAIN_CO,TRAIN_HE,SM_TT,SM_CO,SM_HE,SM_SEATS,CAR_TT,CAR_CO,CHOICE
@@ -142,3 +147,34 @@ def test_gap_closed_by_hand():
     found = gap_closed(models)
     assert found["0"]["mean"] == pytest.approx(0)
     assert found["5"]["mean"] == pytest.approx(0.75)
+
+
+def test_a_fold_that_was_measured_is_read_and_not_repeated(tmp_path, monkeypatch):
+    header, first, *_ = SWISSMETRO.splitlines()
+    rows = [f"{user}{first[1:-1]}{1 + n % 3}" for user in range(10) for n in range(9)]
+    converted(tmp_path, "swissmetro", "\n".join([header, *rows, ""]))
+    recipe = load_config(people.RECIPES / "swissmetro.yaml", RewardConfig)
+    config = people.of_fold(recipe, tmp_path / "swissmetro.jsonl", 0, 0, tmp_path / "runs")
+    config.train.output_dir.mkdir(parents=True)
+    metrics = {"recipe": config.model_dump(mode="json"), "heldout": {"contexts": {}}}
+    contexts = {str(n): {} for n in config.evaluation.contexts}
+    calls = []
+
+    def train_reward(_):
+        calls.append("NP-BTL")
+        return SimpleNamespace(metrics=metrics | {"heldout": {"contexts": contexts}})
+
+    def estimated(*_):
+        calls.append("logit")
+        same = [0.0] * len(FEATURES["swissmetro"])
+        return {"draws": 7, "multinomial": {"mean": same}, "mixed": {"mean": same, "std": same}}
+
+    monkeypatch.setattr(people, "train_reward", train_reward)
+    monkeypatch.setattr(people, "estimated", estimated)
+    found = people.measure(config, Path("python"), 7)
+    assert found["contexts"]["0"][POOLED]["nll"] == pytest.approx(math.log(3))
+    assert "output_dir" not in found["np_btl"]["recipe"]["train"]
+    assert people.measure(config, Path("python"), 7) == found
+    assert calls == ["NP-BTL", "logit"]
+    people.measure(config, Path("python"), 8)
+    assert calls[2:] == ["NP-BTL", "logit"]
