@@ -60,6 +60,7 @@ def sample_answers(
     on where it stopped. An answer's seed depends on its prompt and style alone.
     """
     present = {(line["prompt"], line["style"]) for line in read_answers(output)}
+    _end_last_line(output)
     wanted = [
         (prompt, style)
         for prompt in prompts
@@ -100,20 +101,18 @@ def sample_answers(
 
 
 def read_answers(path: Path) -> list[Mapping[str, str]]:
-    """Lines written by `sample_answers`; a last line cut by an interruption is dropped from the
-    file.
+    """Lines written by `sample_answers`, but for a last one that an interruption cut off.
 
     Raises:
-        InputError: a damaged line that is not the last.
+        InputError: a damaged line, other than such a one.
     """
     if not path.exists():
         return []
-    raw = path.read_bytes()
-    lines = raw.split(b"\n")
-    if lines[-1]:
-        path.write_bytes(raw[: len(raw) - len(lines[-1])])
+    *lines, last = path.read_bytes().split(b"\n")
+    if _is_whole(last):
+        lines.append(last)
     answers: list[Mapping[str, str]] = []
-    for number, line in enumerate(lines[:-1], start=1):
+    for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
             answers.append(
@@ -122,3 +121,21 @@ def read_answers(path: Path) -> list[Mapping[str, str]]:
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path}:{number}: not an answer record: {error}") from error
     return answers
+
+
+def _end_last_line(path: Path) -> None:
+    """Make ready for another line: one that was cut off is dropped, one without an end gets it."""
+    raw = path.read_bytes() if path.exists() else b""
+    last = raw.split(b"\n")[-1]
+    if _is_whole(last):
+        path.write_bytes(raw + b"\n")
+    elif last:
+        path.write_bytes(raw[: -len(last)])
+
+
+def _is_whole(last_line: bytes) -> bool:
+    try:
+        json.loads(last_line)
+    except ValueError:
+        return False
+    return True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from typing_extensions import Self
@@ -23,7 +23,7 @@ class PolicyEvaluation(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    contexts: tuple[int, ...] = (0, 1, 3, 5, 10)
+    contexts: tuple[Annotated[int, Field(ge=0)], ...] = Field((0, 1, 3, 5, 10), min_length=1)
     num_tasks: int = Field(default=100, ge=2)
     num_targets: int = Field(default=2, ge=1)
     batch_size: int = Field(default=8, ge=1)
@@ -81,6 +81,14 @@ class PolicyConfig(BaseModel):
             )
         if self.method != "np-dpo" and self.nobody_is_base:
             raise ValueError(f"nobody_is_base: expected false for method {self.method!r}")
+        families = {f.family for f in self.modulator.families} if self.modulator else set()
+        if "factors" in families:
+            raise ValueError("modulator.families: expected no 'factors', which are not trained")
+        if "static" in families and (self.nobody_is_base or self.strength < 1):
+            raise ValueError(
+                "modulator.families: expected no 'static' with nobody_is_base or a strength below "
+                "1, since it acts on everybody alike"
+            )
         if self.encoder is not None and self.encoder.stochastic:
             raise ValueError(f"encoder.stochastic: expected false, {ONLY_DETERMINISTIC}")
         if self.method == "dpo" and self.tasks.context_max:

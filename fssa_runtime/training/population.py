@@ -147,7 +147,7 @@ def simulate(
     preferences = []
     for index, (user, weights) in enumerate(users.items()):
         rng = np.random.default_rng((seed, index))
-        rounds = math.ceil(choices_per_user / len(prompts))
+        rounds = max(1, math.ceil(choices_per_user / len(prompts)))
         order = np.concatenate([rng.permutation(len(prompts)) for _ in range(rounds)])
         for number in order[:choices_per_user]:
             prompt = prompts[number]

@@ -61,11 +61,12 @@ class TrainSettings(BaseModel):
     tasks_per_batch is per forward pass; a step sees tasks_per_batch · gradient_accumulation
     tasks. The schedule warms up linearly for `warmup_steps`, then stays constant or falls to 0.
     max_grad_norm = 0 does not clip; save_every = 0 keeps no checkpoints. AdamW with weight decay
-    on weight matrices only. cpu_threads = 0 leaves torch's number of threads as it is; networks
-    of a few hundred units train fastest on one, above all on a busy machine. progress: "bar" (lines
-    instead where standard error is no terminal), "log" lines, "off". mixed_precision: products of
-    what is trained in that format, weights and loss in float32 (accelerate's autocast; a base model
-    has the dtype it was loaded in). tensorboard: logs beside the run; None: if it is installed.
+    on all but biases and the weights of norms. cpu_threads = 0 leaves torch's number of threads as
+    it is; networks of a few hundred units train fastest on one, above all on a busy machine.
+    progress: "bar" (lines instead where standard error is no terminal), "log" lines, "off".
+    mixed_precision: products of what is trained in that format, weights and loss in float32
+    (accelerate's autocast; a base model has the dtype it was loaded in). tensorboard: logs beside
+    the run; None: if it is installed.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -167,9 +168,10 @@ def fit(
     complete one (from the start if there is none).
 
     Under ``torchrun`` or ``accelerate launch`` the processes share every step's tasks, each on its
-    own device, and average their gradients: the same step as of one process, up to rounding, and
-    but for random numbers drawn in forward, which are each process's own. All of them call this and
-    end with the same weights; logs and checkpoints are the main one's.
+    own device, and average their gradients: the same step as of one process, up to rounding, where
+    a loss is a mean over tasks that weigh alike, and but for random numbers drawn in forward, which
+    are each process's own. The same goes for the parts of a step with gradient_accumulation. All
+    of them call this and end with the same weights; logs and checkpoints are the main one's.
 
     Raises ValueError: data set too short, tasks_per_batch that the processes cannot share evenly,
     checkpoints present with neither `resume` nor `overwrite`, a checkpoint from other settings,
@@ -286,12 +288,19 @@ class _TaskTrainer(Trainer):
         # A finite loss can have a gradient that is not: the next step would then be the one that
         # fails, with a batch that is none of the cause.
         norms = [p.grad.detach().norm() for p in model.parameters() if p.grad is not None]
-        if norms and not torch.isfinite(torch.stack(norms)).all():
+        finite = not norms or bool(torch.isfinite(torch.stack(norms)).all())
+        if not finite and not self._is_to_be_scaled_less():
             raise FloatingPointError(
                 f"gradient: expected finite numbers, got NaN or infinity in step "
                 f"{self.state.global_step + 1}{self._offending(model)}"
             )
         return loss
+
+    def _is_to_be_scaled_less(self) -> bool:
+        """In fp16 losses are multiplied by a scale that grows until gradients overflow; the step is
+        then passed over and the scale halved, which is no fault unless halving has not helped."""
+        scaler = self.accelerator.scaler
+        return scaler is not None and scaler.get_scale() > 1
 
     def _offending(self, model: nn.Module) -> str:
         """Which items of the data set the step read, and which of them fail on their own."""

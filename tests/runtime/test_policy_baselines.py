@@ -170,6 +170,19 @@ def test_nothing_is_trained_for_prompts(model: LanguageModel, tmp_path: Path) ->
     assert set(contexts) == {"0", "1"}
 
 
+NP_DPO = {"method": "np-dpo", "tasks": {"context_max": 2}}
+
+
+def of(*families: str) -> dict:
+    return {
+        "latent_dim": 2,
+        "families": [
+            {"family": name, "sites": [site], "rank": 2}
+            for name, site in zip(families, ("o", "down"), strict=False)
+        ],
+    }
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -178,6 +191,11 @@ def test_nothing_is_trained_for_prompts(model: LanguageModel, tmp_path: Path) ->
         (dict(freeze_encoder=True), "expected none for method 'dpo', which infers nobody"),
         (dict(tasks={"context_max": 3}), "expected 0 for method 'dpo'"),
         (dict(evaluation={"contexts": [0, 1]}), r"expected \[0\] for method 'dpo'"),
+        (dict(evaluation={"contexts": []}), "contexts"),
+        (dict(evaluation={"contexts": [-2]}), "contexts"),
+        (dict(modulator=of("static"), strength=0.5), "no 'static' .* acts on everybody alike"),
+        (dict(NP_DPO, modulator=of("gated", "static"), nobody_is_base=True), "no 'static'"),
+        (dict(NP_DPO, modulator=of("factors")), "no 'factors', which are not trained"),
     ],
 )
 def test_what_a_method_has_no_use_for(

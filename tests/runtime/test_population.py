@@ -80,6 +80,7 @@ def test_choices_follow_the_hidden_weights_with_the_right_noise() -> None:
     gap = utility(weights, texts["question 0"][1], scale) - utility(
         weights, texts["question 0"][0], scale
     )
+    assert simulate(texts, {"u": weights}, scale, choices_per_user=0, seed=0) == []
     chosen = simulate(texts, {"u": weights}, scale, choices_per_user=4000, seed=0)
     share = sum(c.chosen == texts["question 0"][1] for c in chosen) / len(chosen)
     assert gap > 0.5
@@ -139,17 +140,23 @@ def test_sampling_goes_on_where_it_stopped(model: LanguageModel, tmp_path: Path)
     prompts = ["a b", "c d", "e f"]
     sample_answers(model, prompts, config, tmp_path / "whole.jsonl")
     whole = (tmp_path / "whole.jsonl").read_bytes()
-    # A run killed in the middle of its third line.
+    # Runs killed in the middle of their third line, and between it and its end.
     lines = whole.splitlines(keepends=True)
-    (tmp_path / "cut.jsonl").write_bytes(b"".join(lines[:2]) + lines[2][:7])
-    sample_answers(model, prompts, config, tmp_path / "cut.jsonl")
+    for name, last, num_whole in (("cut", lines[2][:7], 2), ("unended", lines[2][:-1], 3)):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_bytes(b"".join(lines[:2]) + last)
+        assert len(read_answers(path)) == num_whole
+        assert path.read_bytes().endswith(last), "written by reading"
+        sample_answers(model, prompts, config, path)
+        assert len(path.read_bytes().splitlines()) == 6
 
     def key(record: dict) -> tuple[str, str]:
         return record["prompt"], record["style"]
 
     expected = sorted(read_answers(tmp_path / "whole.jsonl"), key=key)
     assert len(expected) == 6
-    assert sorted(read_answers(tmp_path / "cut.jsonl"), key=key) == expected
+    for name in ("cut", "unended"):
+        assert sorted(read_answers(tmp_path / f"{name}.jsonl"), key=key) == expected
 
 
 def test_bad_files(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
@@ -138,6 +139,25 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(tmp_path)
     with pytest.raises(FloatingPointError, match=r"gradient: .* in step 2 \(items 2..3"):
         fit(module, Numbers(6), settings(tmp_path), collate=collate_numbers, callbacks=[Watch()])
     assert module.weight.item() == before[0]
+
+
+@pytest.mark.parametrize("scale", [4.0, 1.0])
+def test_a_gradient_that_overflows_by_its_scale_is_passed_over(tmp_path, monkeypatch, scale):
+    """As in fp16, whose scaler a CPU has as well."""
+    made = Accelerator.__init__
+
+    def with_scaler(self, *args, **kwargs):
+        made(self, *args, **kwargs)
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+
+    monkeypatch.setattr(Accelerator, "__init__", with_scaler)
+    module, numbers = SteepRoot(), Numbers(6)
+    if scale == 1:  # there is no less
+        with pytest.raises(FloatingPointError, match=r"gradient: .* in step 2"):
+            fit(module, numbers, settings(tmp_path), collate=collate_numbers)
+    else:
+        assert fit(module, numbers, settings(tmp_path), collate=collate_numbers).steps == 3
+        assert torch.isfinite(module.weight)
 
 
 def test_too_few_tasks_are_refused(tmp_path):
