@@ -28,7 +28,7 @@ from setuptools.errors import CompileError, ExecError, LinkError, PlatformError,
 FSSA_BUILD = os.environ.get("FSSA_BUILD", "")
 
 _ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
-_FAILURES = (CompileError, LinkError, ExecError, PlatformError, OSError)
+_FAILURES = (CompileError, LinkError, ExecError, PlatformError, SetupError, OSError)
 _WITHOUT = {
     "fssa_kernels._native": (
         "the package works without it, on the slower PyTorch references. To have it, install a "
@@ -149,12 +149,17 @@ def find_nvcc() -> str | None:
 
 
 def architectures(nvcc: str) -> list[str]:
-    """What to compile for: what was asked for, or all of ours that this nvcc knows."""
+    """What to compile for: what was asked for, or all of ours that this nvcc knows.
+
+    A list made for other packages begins below what these kernels need: that is passed over.
+    """
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
     known = {name.removeprefix("sm_") for name in _run([nvcc, "--list-gpu-code"]).split()}
     if not asked:
         return [name for name in _ARCHITECTURES if name.rstrip("af") in known]
-    names = list(dict.fromkeys(_parse(asked)))
+    names = [name for name in dict.fromkeys(_parse(asked)) if int(name.rstrip("af")) >= 80]
+    if not names:
+        raise SetupError(f"TORCH_CUDA_ARCH_LIST: expected one from 8.0 on, got {asked!r}")
     unknown = [name for name in names if name.rstrip("af") not in known]  # it lists no "90a"
     if unknown:
         raise SetupError(
@@ -168,10 +173,9 @@ def _parse(asked: str) -> Iterator[str]:
     """ "8.0;9.0a" or "80 90a" -> "80", "90a"."""
     for word in re.split(r"[;,\s]+", asked.strip()):
         found = re.fullmatch(r"(\d+)\.?(\d)([af]?)(\+PTX)?", word)
-        if found is None or int(found[1]) < 8:
+        if found is None:
             raise SetupError(
-                "TORCH_CUDA_ARCH_LIST: expected architectures from 8.0 on, such as 8.0 or 9.0a, "
-                f"got {word!r}"
+                f"TORCH_CUDA_ARCH_LIST: expected architectures such as 8.0 or 9.0a, got {word!r}"
             )
         yield found[1] + found[2] + found[3]
 

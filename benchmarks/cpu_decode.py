@@ -292,7 +292,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     model = LanguageModel.load(options.model, dtype="bfloat16", show_progress=True)
     prompt = model.chat_tokens(PROMPT)
     long_prompt = (prompt * (options.prefill_tokens // len(prompt) + 1))[: options.prefill_tokens]
-    ours = Ours(model, max(options.batch), options.prefill_tokens)
+    row_tokens = max(256, len(prompt) + options.new_tokens)
+    ours = Ours(model, max(options.batch), options.prefill_tokens, row_tokens)
     gate = Gate(model.folder)
     try:
         passed = check_ours(ours, gate, prompt, max(options.batch))

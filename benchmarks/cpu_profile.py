@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.cpu_decode import machine
-from benchmarks.decode_sides import Ours
+from benchmarks.decode_sides import PAGE, Ours
 from fssa_kernels.native import NATIVE
 from fssa_runtime.engine.step_inputs import Row
 from fssa_runtime.models.language_model import LanguageModel
@@ -33,7 +33,6 @@ from fssa_runtime.threads import set_threads
 
 ROWS = ("base only", "all distinct")
 LINEARS = ("qkv", "o", "gate_up", "down")
-PAGE = 16  # tokens, of `Engine`
 REGISTER_STEPS = 5_000_000  # tens of milliseconds
 PROMPT = [100] * PAGE
 DECODED = 32  # steps that are timed for what is between them
@@ -141,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     most = model.decoder.config.max_positions
     if options.keys > most:
         parser.error(f"--keys: expected at most the model's {most} positions, got {options.keys}")
-    ours = Ours(model, max(batches), 512, max(256, -(-options.keys // PAGE) * PAGE))
+    ours = Ours(model, max(batches), 512, max(256, options.keys))
     fill_caches(ours)
     result: dict[str, Any] = {"machine": machine(), "keys": options.keys}
     result |= {

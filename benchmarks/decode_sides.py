@@ -19,6 +19,7 @@ from fssa_runtime.engine.engine import Engine
 from fssa_runtime.models.language_model import LanguageModel
 from fssa_runtime.request import Completion, Request, SamplingParams
 
+PAGE = 16  # tokens, of `Engine`
 OURS = ("base only", "one user", "all distinct")
 PRODUCTS = (torch.bfloat16, torch.float32)
 
@@ -41,7 +42,7 @@ class Ours:
         limits = {
             "max_batch_size": max_batch,
             "max_batch_tokens": max(2048, prefill_tokens),
-            "max_kv_tokens": max(max_batch * row_tokens, 2 * prefill_tokens),
+            "max_kv_tokens": max(max_batch * -(-row_tokens // PAGE) * PAGE, 2 * prefill_tokens),
             # The same prompt comes again and again, and is to be computed each time.
             "prefix_cache": False,
         }

@@ -25,7 +25,7 @@ import itertools
 import json
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from benchmarks.peers.client import FOLDER, PeerError, start
 from benchmarks.peers.play import Ask, Played
 from benchmarks.serving_sides import ALONE, PEERS, SIDES, Ours, Side, peer_side
 from benchmarks.text_gate import Gate
+from fssa_runtime.files import write_atomically
 from fssa_runtime.models.language_model import LanguageModel
 from fssa_runtime.models.pull import DEFAULT_MODEL
 from fssa_runtime.planning.sketch import Sketch
@@ -120,8 +121,8 @@ class Benchmark:
         self.options, self.console = options, console
         self.absent: dict[str, str] = {}
 
-    def measure(self) -> dict[str, Any]:
-        """Everything waiting, then every load."""
+    def measure(self) -> Iterator[dict[str, Any]]:
+        """All that is measured so far: after everything waiting, then after every load."""
         arrivals = self._arrivals("poisson", 1.0)
         waiting = asks(arrivals, self.vocab_size, waiting=True)
         self._warm(waiting)
@@ -136,6 +137,7 @@ class Benchmark:
             },
             "open": [],
         }
+        yield result
         speeds = {
             name: statistics.median(run.tokens_per_s for run in served)
             for name, served in runs.items()
@@ -145,7 +147,7 @@ class Benchmark:
         for kind, of in _loads(self.options.arrivals, speeds):
             rate = self.options.load * speeds[of] / tokens
             result["open"].append({"arrivals": kind, "share_of": of, **self._open(kind, rate)})
-        return result
+            yield result
 
     def _open(self, kind: str, rate: float) -> dict[str, Any]:
         """All sides under one load."""
@@ -323,6 +325,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; 1 where a gate fails."""
     options = parse(arguments)
+    if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
     threads = set_threads(options.threads)
     console = Console()
     model = LanguageModel.load(options.model, dtype="bfloat16", show_progress=True)
@@ -348,29 +352,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, peer in peers.items():
             sides[name] = peer_side(peer, model.folder, options.concurrency)
         bench = Benchmark(sides, gate, model.decoder.config.vocab_size, options, console)
-        try:
-            result = bench.measure()
-        except RuntimeError as error:
-            console.print(str(error))
-            return 1
-    absent |= bench.absent
-    show(result, absent, console)
-    if options.json is not None:
         settings = {k: v for k, v in vars(options).items() if k not in ("json", "peers_folder")}
-        record = {
-            "machine": {**machine(), "threads": threads},
-            "settings": settings,
-            "peers": {
-                name: {"version": peer.version, "settings": peer.settings}
-                for name, peer in peers.items()
-                if name not in absent
-            },
-            "absent": absent,
-            "slots": slot_costs,
-            **result,
-        }
-        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    return 0
+        result: dict[str, Any] = {}
+        status = 0
+        try:
+            for result in bench.measure():
+                record = {
+                    "machine": {**machine(), "threads": threads},
+                    "settings": settings,
+                    "peers": {
+                        name: {"version": peer.version, "settings": peer.settings}
+                        for name, peer in peers.items()
+                        if name not in absent | bench.absent
+                    },
+                    "absent": absent | bench.absent,
+                    "slots": slot_costs,
+                    **result,
+                }
+                if options.json is not None:
+                    write_atomically(options.json, f"{json.dumps(record, indent=1)}\n".encode())
+        except (KeyboardInterrupt, RuntimeError) as error:
+            status = 130 if isinstance(error, KeyboardInterrupt) else 1
+            console.print(f"ended early: {error}" if str(error) else "ended early")
+    if result:
+        show(result, absent | bench.absent, console)
+    return status
 
 
 if __name__ == "__main__":

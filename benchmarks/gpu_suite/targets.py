@@ -121,6 +121,7 @@ def targets() -> list[Target]:
     large = lambda m: 2048 <= m <= 8192  # noqa: E731
     at_128 = lambda m: m == 128  # noqa: E731
     anywhere = lambda m: True  # noqa: E731
+    several = lambda m: m > 1  # noqa: E731
     return [
         Target(
             "linear, gated R=16, all distinct ÷ cuBLAS base only, M = 1..128",
@@ -144,7 +145,8 @@ def targets() -> list[Target]:
             False,
             _bandwidth(("o",), "llama-8b"),
         ),
-        Target("all distinct ÷ one user", 1.01, True, _linears("gated M", "gated 1", 16, anywhere)),
+        # With one row both are the same run.
+        Target("all distinct ÷ one user", 1.01, True, _linears("gated M", "gated 1", 16, several)),
         Target(
             "multi-LoRA ÷ gated, M = 128, 1 user, R=16",
             1.15,

@@ -23,6 +23,8 @@ SHARE_WITHIN = 0.99
 PRECISION = 1.03
 # Below this share of what the machine could compute, a rate is not looked for.
 _LOWEST = 1e-3
+# Requests that all come within this share of the time to a first token come at once.
+_AT_ONCE = 0.1
 
 OnRun = Callable[[float], Callable[[int], None] | None]
 
@@ -103,6 +105,9 @@ def find_rate(service: Service, on_run: OnRun) -> tuple[float, Result]:
 
     If none does: the lowest that was tried, at which requests hardly meet each other.
 
+    Raises:
+        InputError: so few requests that all of them may come at once.
+
     ``on_run`` hears of every rate that is tried and returns what is told of its progress.
     """
 
@@ -117,6 +122,12 @@ def find_rate(service: Service, on_run: OnRun) -> tuple[float, Result]:
             return low, service.run(low, on_done=on_run(low))
         low, high = low / 1.5, low
     while math.isinf(high):
+        requests = service.trace.num_requests
+        if requests / low < _AT_ONCE * service.objectives.ttft_s:
+            raise InputError(
+                f"requests: expected more than {requests} to look for a rate: the objectives are "
+                "met where all of them come at once"
+            )
         result = attempt(1.5 * low)
         if result is None:
             high = 1.5 * low

@@ -10,7 +10,9 @@ import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from rich.console import Console
 
 from benchmarks import readme_tables, serving, serving_sides, text_gate
 from benchmarks.peers import client, lora
-from benchmarks.peers.client import PEERS, Spec, start
+from benchmarks.peers.client import PEERS, PeerError, Spec, start
 from benchmarks.peers.play import Ask, Played, play
 from benchmarks.serving import Benchmark, Served, asks, parse
 from benchmarks.serving_sides import ALONE, SIDES, Side
@@ -246,7 +248,7 @@ SPEEDS = {"base only": 1000.0, "one user": 990.0, "all distinct": 980.0, ALONE: 
 
 def test_sides_take_turns_there_and_back_and_ratios_are_taken() -> None:
     bench, calls = make_benchmark(SPEEDS | {"vllm": 490.0, "broken": 1.0, "llama_cpp": 98.0})
-    result = bench.measure()
+    *_, result = bench.measure()
     assert bench.absent == {"broken": "broken: the worker has ended"}
     closed = calls[len(SPEEDS) + 3 :][:12]
     order = [*SIDES, ALONE, "vllm", "llama_cpp"]
@@ -271,7 +273,8 @@ def test_sides_take_turns_there_and_back_and_ratios_are_taken() -> None:
 def test_without_peers_there_is_no_load_for_the_slowest_and_a_slow_one_is_cut() -> None:
     arguments = ["--arrivals", "bursty", "--seconds", "0.001"]
     bench, _ = make_benchmark(dict(SPEEDS), arguments)
-    (load,) = bench.measure()["open"]
+    *_, result = bench.measure()
+    (load,) = result["open"]
     assert load["arrivals"] == "bursty"
     assert load["num_requests"] == 8
 
@@ -285,7 +288,7 @@ def test_a_side_of_ours_that_fails_its_gate_ends_the_benchmark() -> None:
 
     bench.gate = Strict()
     with pytest.raises(RuntimeError, match="gate: base only: mean loss"):
-        bench.measure()
+        list(bench.measure())
 
 
 def test_a_peer_that_fails_its_gate_is_absent() -> None:
@@ -298,9 +301,40 @@ def test_a_peer_that_fails_its_gate_is_absent() -> None:
             return super().judge(prompts, answers, wear)
 
     bench.gate = Picky()
-    result = bench.measure()
+    *_, result = bench.measure()
     assert bench.absent == {"vllm": "gate: vllm: mean loss"}
     assert "vllm" not in result["closed"]
+
+
+@pytest.mark.parametrize("loads", [0, 1])
+def test_what_was_measured_before_a_peer_died_is_written(
+    loads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, _ = make_benchmark(SPEEDS | {"vllm": 490.0})
+    measured, opened = bench._open, []
+
+    def died(kind: str, rate: float) -> dict[str, Any]:
+        if len(opened) == loads:
+            raise PeerError("vllm: the worker has ended")
+        opened.append(kind)
+        return measured(kind, rate)
+
+    monkeypatch.setattr(bench, "_open", died)
+    monkeypatch.setattr(serving, "Benchmark", lambda *_: bench)
+    monkeypatch.setattr(serving, "start", lambda *_, **__: ({}, {"hf": "no environment"}))
+    model = SimpleNamespace(folder=tmp_path, decoder=MagicMock())
+    monkeypatch.setattr(serving.LanguageModel, "load", lambda *_, **__: model)
+    for name in ("Gate", "Ours", "set_threads", "machine"):
+        monkeypatch.setattr(serving, name, MagicMock())
+    serving.Ours.return_value.slot_costs.return_value = {"find_ms": 0.1, "fill_ms": 0.1}
+    serving.machine.return_value = {}
+    serving.set_threads.return_value = 2
+    file = tmp_path / "new" / "folder" / "serving.json"
+    assert serving.main(["--peers", "", "--json", str(file)]) == 1
+    record = json.loads(file.read_text())
+    assert set(record["closed"]) == {*SPEEDS, "vllm"}
+    assert [load["arrivals"] for load in record["open"]] == opened
+    assert record["absent"] == {"hf": "no environment"}
 
 
 def test_peers_that_can_be_run_are_started_and_the_others_are_named(
@@ -350,10 +384,11 @@ def test_the_readme_table_has_every_side_and_load(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench, _ = make_benchmark(SPEEDS | {"vllm_lora": 98.0})
+    *_, result = bench.measure()
     (tmp_path / "serving.json").write_text(
         json.dumps(
             {
-                **bench.measure(),
+                **result,
                 "settings": {"load": 0.6},
                 "absent": {"hf": "hf: there is no environment"},
             }

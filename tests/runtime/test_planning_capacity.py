@@ -120,6 +120,11 @@ def test_the_rate_that_is_found_holds_and_a_larger_one_does_not() -> None:
     assert rate in tried
 
 
+def test_requests_that_may_all_come_at_once_tell_no_rate() -> None:
+    with pytest.raises(InputError, match="requests: expected more than 2 to look for a rate"):
+        find_rate(service(trace=trace(num_requests=2)), lambda rate: None)
+
+
 def test_no_rate_holds_an_impossible_objective() -> None:
     rate, result = find_rate(service(objectives=Objectives(0.02, 0.5)), lambda rate: None)
     assert not holds(result)
