@@ -140,12 +140,14 @@ def _start(tensor: Tensor) -> int:
 
 
 class _Pool:
-    """Memory of a recording: a block goes back when the last tensor on it is gone."""
+    """Memory of a recording: a block goes back when the last tensor on it is gone.
+
+    Tensors own their block: what a step returns may outlive the graph.
+    """
 
     def __init__(self) -> None:
         self._free: dict[int, list[int]] = {}  # addresses of free blocks, by size
-        self._blocks: list[Tensor] = []
-        self._owned: set[int] = set()
+        self._blocks: dict[int, Tensor] = {}  # by address
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         count = 1
@@ -157,18 +159,23 @@ class _Pool:
         start = free.pop() if free else self._allocate(size)
         # The storage holds the array, so the array dies with the last tensor on that storage.
         array = (ctypes.c_uint8 * size).from_address(start)
-        weakref.finalize(array, free.append, start)
+        owner = weakref.finalize(array, _give_back, free, start, self._blocks[start])
+        owner.atexit = False  # tensors still alive at exit keep their memory
         return torch.frombuffer(array, dtype=dtype, count=count).view(shape)
 
     def owns(self, tensor: Tensor) -> bool:
-        return _start(tensor) in self._owned
+        return _start(tensor) in self._blocks
 
     def _allocate(self, size: int) -> int:
         block = torch.empty(size + _ALIGNMENT, dtype=torch.uint8)
-        self._blocks.append(block)
         start = -(-block.data_ptr() // _ALIGNMENT) * _ALIGNMENT
-        self._owned.add(start)
+        self._blocks[start] = block
         return start
+
+
+def _give_back(free: list[int], start: int, block: Tensor) -> None:
+    """The end of a tensor on a block, which is held until this has been called."""
+    free.append(start)
 
 
 class _OnlyOurs(TorchDispatchMode):

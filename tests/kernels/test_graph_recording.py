@@ -1,7 +1,9 @@
 """StepGraph: what can be recorded, what is refused with its reason, and whose memory it is."""
 
+import gc
 import itertools
 import threading
+import weakref
 
 import pytest
 import torch
@@ -216,7 +218,7 @@ def test_other_threads_compute_while_one_records():
 
 
 def pool_of(graph):
-    return graph._keep._pool._blocks
+    return graph._keep._pool._blocks.values()
 
 
 def test_memory_is_used_again_from_layer_to_layer():
@@ -295,3 +297,22 @@ def test_a_graph_outlives_everything_it_was_recorded_from():
     graph.replay(**rows)  # weights, caches and static inputs are the graph's now
     for got, right in zip(graph.outputs, expected, strict=True):
         assert torch.equal(bits(got[: len(right)]), bits(right))
+
+
+def test_outputs_outlive_their_graph():
+    x, weight = torch.randn(16, 64), torch.ones(64)
+    graph = StepGraph.record(
+        lambda _: residual_film_rms_norm(x, None, weight, eps=1e-5)[0], {"tokens": [x]}
+    )
+    graph.replay(tokens=16)
+    outputs, expected = graph.outputs, graph.outputs.clone()
+    sizes = [len(block) for block in pool_of(graph)]
+    blocks = [weakref.ref(block) for block in pool_of(graph)]
+    assert len(blocks) == 2  # normed, which is returned, and h, which is not
+    del graph
+    gc.collect()
+    others = [torch.full((size,), 7, dtype=torch.uint8) for size in sizes for _ in range(50)]
+    assert torch.equal(outputs, expected)
+    assert sum(block() is not None for block in blocks) == 1
+    del outputs, others
+    assert all(block() is None for block in blocks)
