@@ -291,10 +291,12 @@ def test_packing_needs_no_huge_pages(monkeypatch):
     assert torch.equal(pack_matrix(matrix, arena=PackArena()).unpack(), matrix)
 
 
-def test_packed_weights_have_no_gradient_and_say_so():
-    inputs = packed(make(torch.float32, family="gated"))
-    inputs["x"].requires_grad_()
-    with pytest.raises(RuntimeError, match="expected a tensor where a gradient"):
+@pytest.mark.parametrize("trained", ["x", "weight", "bias", "lora_a", "lora_b", "rows"])
+def test_packed_weights_have_no_gradient_and_say_so(trained):
+    plain = make(torch.float32, family="gated", bias=True)
+    inputs = {**packed(plain), trained: plain[trained].requires_grad_()}
+    name = "lora_a" if trained == "weight" else "weight"
+    with pytest.raises(RuntimeError, match=f"{name}: expected a tensor where a gradient"):
         modulated_linear(**inputs)
     with torch.no_grad():
         assert modulated_linear(**inputs).isfinite().all()

@@ -112,10 +112,13 @@ def modulated_linear(
         epilogue=epilogue,
         backend=backend,
     )
-    if any(isinstance(matrix, PackedMatrix) for matrix in (weight, lora_a, lora_b)):
-        if torch.compiler.is_compiling() or needs_grad(x, bias, rows):
+    matrices = {"weight": weight, "lora_a": lora_a, "lora_b": lora_b}
+    packed = [name for name, matrix in matrices.items() if isinstance(matrix, PackedMatrix)]
+    if packed:
+        plain = [value for value in inputs[:6] if isinstance(value, Tensor)]
+        if torch.compiler.is_compiling() or needs_grad(*plain):
             raise RuntimeError(
-                f"{_NAME}: weight: expected a tensor where a gradient or a compiled graph is "
+                f"{_NAME}: {packed[0]}: expected a tensor where a gradient or a compiled graph is "
                 "wanted, got a packed matrix"
             )
         return _OP.compute(*inputs, chosen_epilogue, chosen_backend)
