@@ -17,6 +17,8 @@ from typing import Any, Protocol
 
 import torch
 
+from fssa_kernels.gpu.workspace import Workspace, own_workspace
+
 # Long enough that the replay is queued before the first event: without it the launch of the graph
 # itself is timed as well.
 _HEAD_START_CYCLES = 200_000
@@ -67,13 +69,15 @@ class GpuClock:
     def __init__(self) -> None:
         self._pool: Any = None
         self._stream: torch.cuda.Stream | None = None
+        self._workspace = Workspace()
 
     def prepare(self, call: Callable[[int], Any], *, copies: int, calls: int, graph: bool) -> Timed:
         outside = torch.cuda.current_stream()
-        # One stream for all captures: what ops keep per stream is there from the first calls on.
+        # One stream and one workspace for all captures: as in a step graph, what ops keep is there
+        # from the first calls on.
         side = self._stream = self._stream or torch.cuda.Stream()
         side.wait_stream(outside)
-        with torch.cuda.stream(side):
+        with torch.cuda.stream(side), own_workspace(self._workspace):
             for index in range(min(2, copies)):
                 call(index)
         outside.wait_stream(side)
@@ -118,7 +122,7 @@ class GpuClock:
         collecting = gc.isenabled()
         gc.disable()
         try:
-            with torch.cuda.stream(stream):
+            with torch.cuda.stream(stream), own_workspace(self._workspace):
                 captured.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 try:
                     launches()

@@ -2,13 +2,15 @@
 
 Every kernel that counts leaves its counters at zero, so they are cleared once. Two kernels that run
 at the same time must not share them: streams have their own, and so does every recorded graph,
-which may be replayed beside anything.
+which may be replayed beside anything. In a capture that is not ours every launch has its own,
+cleared in the graph.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -31,7 +33,7 @@ class Workspace:
         if held is None or len(held) < count:
             if held is not None:
                 self._outgrown.append(held)
-            held = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
+            held = _zeros_outside_pools(max(count, 4096), device)
             self._counters[key] = held
         return held
 
@@ -41,6 +43,8 @@ _WORKSPACES = [Workspace()]
 
 def counters(count: int, device: torch.device) -> Tensor:
     """Zeros that a kernel launched now may count in, if it leaves zeros; see `Workspace`."""
+    if len(_WORKSPACES) == 1 and _is_capturing(device):
+        return torch.zeros(count, dtype=torch.int32, device=device)
     return _WORKSPACES[-1].counters(count, device)
 
 
@@ -52,3 +56,28 @@ def own_workspace(workspace: Workspace) -> Iterator[None]:
         yield
     finally:
         _WORKSPACES.pop()
+
+
+def _is_capturing(device: torch.device) -> bool:
+    """Whether a launch on the device's current stream goes into a CUDA graph."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+def _zeros_outside_pools(count: int, device: torch.device) -> Tensor:
+    """Zeros, written on the current stream, whose memory is torch's and not of a private pool.
+
+    A pool's owner may use the memory again, or take what stays there for a leak, as the CUDA
+    graphs of torch.compile do when they have warmed up. A pool is given the allocations of one
+    thread (`torch.cuda.use_mem_pool`), so these are another's.
+    """
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+    def allocate() -> Tensor:
+        with torch.cuda.stream(stream):
+            return torch.zeros(count, dtype=torch.int32, device=device)
+
+    with ThreadPoolExecutor(1) as other_thread:
+        return other_thread.submit(allocate).result()

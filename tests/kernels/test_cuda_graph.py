@@ -1,9 +1,12 @@
 """What CUDA step graphs do apart from CUDA: buckets, narrowed inputs, and when they record."""
 
+import threading
+
 import pytest
 import torch
 
 from fssa_kernels import StepGraph
+from fssa_kernels.gpu import workspace
 from fssa_kernels.gpu.graph import CudaStepGraph, bucket_of
 from fssa_kernels.gpu.workspace import Workspace, counters, own_workspace
 from fssa_kernels.native import RecordingError
@@ -100,3 +103,29 @@ def test_a_graph_counts_in_memory_of_its_own_that_it_never_gives_up():
     assert first.data_ptr() != shared.data_ptr()
     assert any(held is first for held in own._outgrown)
     assert counters(10, cpu).data_ptr() == shared.data_ptr()
+
+
+def test_a_capture_that_is_not_ours_gets_counters_that_it_clears_itself(monkeypatch):
+    """One graph must not rely on zeros that another one writes when it is replayed."""
+    cpu = torch.device("cpu")
+    kept = counters(10, cpu)
+    monkeypatch.setattr(workspace, "_is_capturing", lambda device: True)
+    first, second = counters(10, cpu), counters(10, cpu)
+    assert len({held.data_ptr() for held in (kept, first, second)}) == 3
+    assert not first.any()
+    assert not second.any()
+    with own_workspace(Workspace()):
+        assert counters(10, cpu).data_ptr() == counters(10, cpu).data_ptr()
+
+
+def test_counters_that_are_kept_are_not_allocated_by_a_thread_that_may_have_a_pool(monkeypatch):
+    threads, zeros = [], torch.zeros
+
+    def seen(*args, **options):
+        threads.append(threading.get_ident())
+        return zeros(*args, **options)
+
+    monkeypatch.setattr(torch, "zeros", seen)
+    Workspace().counters(10, torch.device("cpu"))
+    assert len(threads) == 1
+    assert threads[0] != threading.get_ident()
