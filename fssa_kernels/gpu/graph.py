@@ -88,18 +88,29 @@ class CudaCapture:
             with torch.cuda.stream(self._stream):
                 for _ in range(2):
                     call()
-            torch.cuda.current_stream().wait_stream(self._stream)
+            outside = torch.cuda.current_stream()
+            outside.wait_stream(self._stream)
+            cause: Exception | None = None
             try:
-                # Other threads may go on using the GPU meanwhile.
-                with torch.cuda.graph(
-                    graph,
-                    pool=self._pool,
-                    stream=self._stream,
-                    capture_error_mode="thread_local",
+                # Other threads may go on using the GPU meanwhile. torch leaves its stream only
+                # where the capture ends well, hence the outer context.
+                with (
+                    torch.cuda.stream(outside),
+                    torch.cuda.graph(
+                        graph,
+                        pool=self._pool,
+                        stream=self._stream,
+                        capture_error_mode="thread_local",
+                    ),
                 ):
-                    outputs = call()
+                    try:
+                        outputs = call()
+                    except Exception as error:
+                        cause = error  # the end of the capture may raise another
+                        raise
             except RuntimeError as error:
-                raise RecordingError(f"StepGraph: the step cannot be captured: {error}") from error
+                reason = cause or error
+                raise RecordingError(f"StepGraph: the step cannot be captured: {reason}") from error
         return graph, outputs
 
 

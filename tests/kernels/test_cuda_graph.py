@@ -1,5 +1,6 @@
 """What CUDA step graphs do apart from CUDA: buckets, narrowed inputs, and when they record."""
 
+import contextlib
 import threading
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from fssa_kernels import StepGraph
 from fssa_kernels.gpu import workspace
-from fssa_kernels.gpu.graph import CudaStepGraph, bucket_of
+from fssa_kernels.gpu.graph import CudaCapture, CudaStepGraph, bucket_of
 from fssa_kernels.gpu.workspace import Workspace, counters, own_workspace
 from fssa_kernels.native import RecordingError
 
@@ -82,6 +83,66 @@ def test_what_cannot_be_captured_leaves_no_bucket():
     with pytest.raises(RecordingError, match="no"):
         graph.replay(tokens=1, sequences=1)
     assert not graph.buckets
+
+
+class FakeStreams:
+    """Current streams and graphs without a GPU; a capture that has failed cannot be ended."""
+
+    def __init__(self, monkeypatch):
+        self.current = self.Stream(None)
+        fakes = dict(
+            Stream=self.Stream,
+            CUDAGraph=self.Graph,
+            stream=lambda stream: self.Entered(self, stream),
+            current_stream=lambda: self.current,
+            device=contextlib.nullcontext,
+            graph_pool_handle=lambda: (0, 1),
+            synchronize=lambda: None,
+            empty_cache=lambda: None,
+        )
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+        monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: None, raising=False)
+
+    class Entered:
+        def __init__(self, streams, stream):
+            self.streams, self.stream = streams, stream
+
+        def __enter__(self):
+            self.before, self.streams.current = self.streams.current, self.stream
+
+        def __exit__(self, *exception):
+            self.streams.current = self.before
+
+    class Stream:
+        def __init__(self, device):
+            pass
+
+        def wait_stream(self, other):
+            pass
+
+    class Graph:
+        def capture_begin(self, *pool, **options):
+            pass
+
+        def capture_end(self):
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+
+def test_a_failed_capture_says_why_and_leaves_its_stream(monkeypatch):
+    streams = FakeStreams(monkeypatch)
+    outside = streams.current
+    capture, calls = CudaCapture(torch.device("cpu")), []
+
+    def call():
+        calls.append(streams.current)
+        if len(calls) == 3:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(RecordingError, match="cannot be captured: operation not permitted when"):
+        capture(call)
+    assert calls == 3 * [capture._stream]
+    assert streams.current is outside
 
 
 def test_inputs_of_different_devices_are_refused():
