@@ -67,6 +67,26 @@ def test_a_row_is_the_same_alone_and_in_any_batch(config, sizes, use):
         assert same_bits([modulated_linear(**part, backend="triton")], [expected[rows]])
 
 
+@pytest.mark.parametrize("family", ["static", "gated", "core", "factors"])
+def test_a_row_is_the_same_in_every_batch_that_the_heuristic_fuses(family):
+    """The term is all there is and cancels, so that a sum in another order shows in fp16."""
+    sizes = dict(family=family, rank=8, splits=(48,), in_features=1024)
+    whole = make("modulated_linear", torch.float16, num_tokens=17, **sizes)
+    whole["weight"].zero_()
+    whole["lora_b"][..., 1::2] = -whole["lora_b"][..., ::2]
+    whole["lora_a"][..., 1::2, :] = 1.001 * whole["lora_a"][..., ::2, :]
+    if family == "gated":
+        whole["rows"][:, 1::2] = whole["rows"][:, ::2]
+    if family == "core":
+        whole["rows"][:] = torch.eye(8)
+    part = {**whole, "x": whole["x"][:16]}
+    if family != "static":
+        part["slots"] = whole["slots"][:16]
+    expected = modulated_linear(**whole, backend="triton")
+    assert expected.any()
+    assert same_bits([modulated_linear(**part, backend="triton")], [expected[:16]])
+
+
 @pytest.mark.parametrize("sizes", ["gated", "core", "core-large", "gated-silu"])
 @pytest.mark.parametrize("config", ["narrow", "split"])
 def test_nobody_s_rows_are_the_base_model_s_to_the_bit(config, sizes, use):

@@ -94,7 +94,9 @@ def heuristic(
     block_t = min(64, max(16, 1 << max(0, num_tokens - 1).bit_length()))
     block_k = 64 if paired or wide or rank > 32 else 128
     # What follows keeps registers from spilling, which compiling for every target has shown.
-    if family == "core" and rank > 16:
+    if family == "core" and in_loop(x, family, epilogue, rank):
+        block_t = 16
+    elif family == "core" and rank > 16:
         block_t = min(block_t, 32)
     if wide:
         block_t = min(block_t, 16)
@@ -117,6 +119,17 @@ def fit(config: Config, device: Device, item_bytes: int, paired: bool, rank: int
     # A sixteenth is left to what the compiler keeps there besides the stages.
     stages = max(1, min(config.num_stages, device.shared_bytes * 15 // 16 // stage_bytes))
     return Config(**{**config.__dict__, "num_stages": stages})
+
+
+def in_loop(x: Tensor, family: str, epilogue: str, rank: int) -> bool:
+    """Whether the fused kernel makes the low-rank input beside its product, for any rows of x.
+
+    For core it holds the M of every row in registers, which a large M, a second sum and products
+    without tensor cores leave no room for.
+    """
+    if family != "core":
+        return family in ("static", "gated")
+    return rank <= 16 and epilogue == "none" and x.dtype != torch.float32
 
 
 def padded_rank(rank: int) -> int:

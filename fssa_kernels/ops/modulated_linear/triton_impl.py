@@ -11,7 +11,7 @@ from torch import Tensor
 from fssa_kernels.gpu.backend import unsupported
 from fssa_kernels.gpu.launch import facts, launch
 from fssa_kernels.gpu.workspace import counters
-from fssa_kernels.ops.modulated_linear.triton_config import Config, choose, padded_rank
+from fssa_kernels.ops.modulated_linear.triton_config import Config, choose, in_loop, padded_rank
 from fssa_kernels.ops.modulated_linear.triton_kernels import expand_kernel, modulated_linear_kernel
 from fssa_kernels.ops.modulated_linear.triton_low_rank import shrink_kernel, shrink_rows_kernel
 
@@ -87,15 +87,7 @@ def run_config(
     low: Tensor | None = None
     if lora_a is not None and lora_b is not None:
         rank = lora_b.shape[-1]
-        in_loop = family in ("static", "gated") or (
-            # Every row's M is held in registers, which a second sum or products without tensor
-            # cores need.
-            family == "core"
-            and padded_rank(rank) * config.block_t <= 256
-            and x.dtype != torch.float32
-            and epilogue == "none"
-        )
-        if config.way == "vendor" or not in_loop:
+        if config.way == "vendor" or not in_loop(x, family, epilogue, rank):
             low = _shrink(x, lora_a, rows, slots, family, len(splits), rank)
     if config.way == "vendor":
         base = F.linear(x, weight, bias)
