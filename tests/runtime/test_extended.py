@@ -78,6 +78,17 @@ def test_the_decoder_computes_the_same_from_extended_weights(
     assert wider == sites * len(model.decoder.blocks)
 
 
+@pytest.mark.parametrize(("in_features", "rank"), [(4096, 8), (4096, 24), (64, 64), (60, 1)])
+def test_rows_of_the_weight_can_be_copied_16_bytes_at_a_time(in_features: int, rank: int) -> None:
+    """Triton takes them so if it knows that their distance is a multiple of 16 elements."""
+    weight, lora_b = torch.randn(6, in_features), torch.randn(6, rank)
+    extended = extend_weight(weight, lora_b, [3, 2, 1])
+    assert extended.shape == (6, in_features + 3 * rank)
+    assert extended.stride(0) % 64 == 0
+    assert extended.stride(0) < extended.shape[1] + 64
+    assert torch.equal(extended[:, :in_features], weight)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -17,6 +17,10 @@ from fssa_kernels.checks import bad_type, bad_value, check_float, check_rank, ch
 # limited by arithmetic), not measured.
 EXTENDED_FROM_ROWS = 257
 
+# Triton copies 16 bytes at a time where a stride is known to be a multiple of 16 elements; 64 of
+# them are a line of the GPU's cache in half precision.
+_STRIDE_MULTIPLE = 64
+
 _NAME = "extend_weight"
 
 
@@ -28,8 +32,8 @@ def extend_weight(weight: Tensor, lora_b: Tensor, splits: Sequence[int] | None =
         splits: sizes of the stacked projections, sum N; None means one projection.
 
     Returns a fresh [N, K + S*R] in weight.dtype, zero where a projection does not use another's
-    s. ``result[:, :K]`` is the weight, a view that `modulated_linear` takes as well: so a model
-    keeps one copy of it.
+    s; its rows are a multiple of 64 elements apart. ``result[:, :K]`` is the weight, a view that
+    `modulated_linear` takes as well: so a model keeps one copy of it.
 
     Raises TypeError for a non-tensor or a wrong dtype, ValueError for wrong shapes or splits that
     do not sum to N.
@@ -48,7 +52,9 @@ def extend_weight(weight: Tensor, lora_b: Tensor, splits: Sequence[int] | None =
     sizes = [num_columns] if splits is None else list(splits)
     if sum(sizes) != num_columns:
         bad_value(_NAME, "splits", f"sizes that sum to N = {num_columns}", str(sizes))
-    extended = weight.new_zeros(num_columns, in_features + len(sizes) * rank)
+    width = in_features + len(sizes) * rank
+    stride = -(-width // _STRIDE_MULTIPLE) * _STRIDE_MULTIPLE
+    extended = weight.new_zeros(num_columns, stride)[:, :width]
     extended[:, :in_features] = weight
     start = 0
     for s, size in enumerate(sizes):
