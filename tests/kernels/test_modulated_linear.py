@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fssa_kernels import modulated_linear
+from fssa_kernels import checks, modulated_linear
 from fssa_kernels.ops.modulated_linear.cases import _Sizes
 from fssa_kernels.testing import cases
 from tests.kernels.kernel_oracles import modulated_linear_oracle
@@ -201,3 +201,28 @@ def test_factors_slot_out_of_range():
     for backend in ("reference", "auto"):
         with pytest.raises(ValueError, match=r"slots: expected values in \[0, 4\), got"):
             modulated_linear(**inputs, backend=backend)
+
+
+@pytest.mark.parametrize("name", ["gated-stacked", "core", "factors"])
+@pytest.mark.parametrize("slot", [-1, 4, 2**31 - 1])
+def test_where_slots_cannot_be_checked_one_out_of_range_is_a_row_of_nan(name, slot, monkeypatch):
+    """As on a GPU, which torch's own error would make useless for the whole process."""
+    good, bad = (with_grad(by_name(name), torch.float32) for _ in range(2))
+    expected = modulated_linear(**good, backend="reference")
+    monkeypatch.setattr(checks, "can_check", lambda tensor: False)
+    bad["slots"][2] = slot
+    y = modulated_linear(**bad, backend="reference")
+    others = [0, 1, 3, 4]
+    assert y[2].isnan().all()
+    torch.testing.assert_close(y[others], expected[others])
+    if name != "factors":
+        y[others].sum().backward()
+        expected[others].sum().backward()
+        torch.testing.assert_close(bad["rows"].grad, good["rows"].grad)
+
+
+def test_where_slots_cannot_be_checked_a_table_may_be_empty(monkeypatch):
+    monkeypatch.setattr(checks, "can_check", lambda tensor: False)
+    inputs = by_name("gated").inputs(torch.float32)
+    inputs["rows"] = inputs["rows"][:0]
+    assert modulated_linear(**inputs, backend="reference").isnan().all()

@@ -8,6 +8,7 @@ import torch
 
 from fssa_kernels import StepGraph, sample
 from fssa_kernels.native import MISSING, NATIVE
+from fssa_kernels.ops.sample import reference
 from fssa_kernels.testing import within_wider
 from tests.kernels.accuracy import (
     same_bits,
@@ -117,6 +118,17 @@ def test_forced_tokens_are_taken_whatever_the_logits_say():
     right = logits.double().log_softmax(1)
     for row in (0, 3):
         assert abs(logprobs[row] - right[row, tokens[row]]) < 2e-6
+
+
+def test_where_forced_tokens_cannot_be_checked_the_reference_gives_one_out_of_range_nan(
+    monkeypatch,
+):
+    monkeypatch.setattr(reference, "can_check", lambda tensor: False)
+    chosen = settings_of(3, temperature=0.0)
+    chosen["forced"] = torch.tensor([4, 7, -1], dtype=torch.int32)
+    tokens, logprobs = sample(torch.randn(3, 7), **chosen, backend="reference")
+    assert tokens[:2].tolist() == [4, 7]
+    assert logprobs.isnan().tolist() == [False, True, False]
 
 
 @pytest.mark.usefixtures("each_instruction_set")

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fssa_kernels import paged_attention
+from fssa_kernels import checks, paged_attention
 from fssa_kernels.ops.paged_attention.cases import _Sizes
 from fssa_kernels.testing import cases
 from tests.kernels.kernel_oracles import paged_attention_oracle
@@ -152,6 +152,23 @@ def test_gradient_of_unread_entries_is_zero_even_where_they_hold_nan():
         assert (inputs[name].grad[unread] == 0).all()
         assert (inputs[name].grad[~unread] != 0).any()
     assert inputs["q"].grad.isfinite().all()
+
+
+@pytest.mark.parametrize("page", [-1, 10**6])
+def test_where_pages_cannot_be_checked_a_request_with_one_out_of_range_is_nan(page, monkeypatch):
+    monkeypatch.setattr(checks, "can_check", lambda tensor: False)
+    inputs = by_name("decode").inputs(torch.float32)
+    inputs["k_cache"].requires_grad_()
+    expected = paged_attention(**inputs, backend="reference")
+    (right,) = torch.autograd.grad(expected[1:].sum(), inputs["k_cache"], retain_graph=True)
+    inputs["block_tables"] = inputs["block_tables"].clone()
+    inputs["block_tables"][0, 0] = page
+    out = paged_attention(**inputs, backend="reference")
+    assert out[0].isnan().all()
+    assert torch.equal(out[1:], expected[1:])
+    mine = inputs["block_tables"][1:].unique().long()
+    (got,) = torch.autograd.grad(out[1:].sum(), inputs["k_cache"])
+    torch.testing.assert_close(got[mine], right[mine])
 
 
 BAD = {

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fssa_kernels import residual_film_rms_norm
+from fssa_kernels import checks, residual_film_rms_norm
 from fssa_kernels.ops.residual_film_rms_norm.cases import _Sizes
 from fssa_kernels.testing import cases
 from tests.kernels.kernel_oracles import film_oracle, rms_norm_oracle
@@ -130,6 +130,24 @@ def test_nan_in_unused_rows_and_other_tokens_never_leaks():
     for got, expected in zip(residual_film_rms_norm(**inputs), clean, strict=True):
         assert got[1].isnan().all()
         assert torch.equal(got[others], expected[others])
+
+
+@pytest.mark.parametrize("slot", [-1, 3])
+def test_where_slots_cannot_be_checked_one_out_of_range_is_a_row_of_nan(slot, monkeypatch):
+    good, bad = (by_name("film").inputs(torch.float32) for _ in range(2))
+    for inputs in (good, bad):
+        inputs["rows"].requires_grad_()
+    expected = residual_film_rms_norm(**good, backend="reference")
+    monkeypatch.setattr(checks, "can_check", lambda tensor: False)
+    bad["slots"][2] = slot
+    got = residual_film_rms_norm(**bad, backend="reference")
+    others = [0, 1, 3, 4]
+    for mine, right in zip(got, expected, strict=True):
+        assert mine[2].isnan().all()
+        assert torch.equal(mine[others], right[others])
+    got[1][others].sum().backward()
+    expected[1][others].sum().backward()
+    torch.testing.assert_close(bad["rows"].grad, good["rows"].grad)
 
 
 def test_h_is_fresh_even_where_nothing_is_added():

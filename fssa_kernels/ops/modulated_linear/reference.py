@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fssa_kernels.checks import pick
+from fssa_kernels.checks import pick, sum_by_index
 from fssa_kernels.packed import PackedMatrix, unpacked
 
 
@@ -107,7 +107,7 @@ def _add_factors(
     for slot in slots.unique():
         mine = (slots == slot).nonzero().squeeze(1)
         a = pick("modulated_linear", "slots", lora_a, slot)[0]
-        b = lora_b.index_select(0, slot)[0]
+        b = pick("modulated_linear", "slots", lora_b, slot)[0]
         y_mine = y[mine]
         _add_low_rank(y_mine, F.linear(widen(x[mine]), widen(a)), widen(b), splits)
         y[mine] = y_mine
@@ -129,7 +129,7 @@ def rows_bwd(du: Tensor, u: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
     else:
         shape = (du.shape[0], *rows.shape[1:3])
         per_token = du.reshape(shape).unsqueeze(3) * u.reshape(shape).unsqueeze(2)
-    return per_token.new_zeros(rows.shape).index_add_(0, slots, per_token).to(rows.dtype)
+    return sum_by_index(per_token, slots, rows.shape[0]).to(rows.dtype)
 
 
 def widen(t: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fssa_kernels.checks import bad_value, pick
+from fssa_kernels.checks import bad_value, bounded, pick
 
 
 def paged_attention_ref(
@@ -147,8 +147,9 @@ def _scatter_add(cache: Tensor, part: _Part, grads: Tensor) -> None:
     """Add grads [Hkv, keys, D] where the part's keys or values lie."""
     page_size = cache.shape[1]
     index = torch.arange(part.kv_len - part.first_key, device=cache.device)
-    where = (part.pages[index // page_size], index % page_size)
-    cache.index_put_(where, grads.transpose(0, 1), accumulate=True)
+    pages, bad = bounded(part.pages[index // page_size], cache.shape[0])
+    grads = grads.transpose(0, 1).masked_fill(bad[:, None, None], 0.0)
+    cache.index_put_((pages, index % page_size), grads, accumulate=True)
 
 
 def _hidden(part: _Part, window: int, device: torch.device) -> Tensor:

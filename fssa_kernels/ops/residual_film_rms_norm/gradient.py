@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fssa_kernels.checks import pick
+from fssa_kernels.checks import pick, sum_by_index
 from fssa_kernels.dispatch import Backend
 from fssa_kernels.gpu.backend import triton_backend
 from fssa_kernels.registration import Op
@@ -57,8 +57,7 @@ def residual_film_rms_norm_bwd_ref(
         assert slots is not None
         s = x.to(wide) if residual is None else x.to(wide) + residual
         per_token = torch.stack([dh * s, dh], dim=1)
-        drows = per_token.new_zeros(rows.shape).index_add_(0, slots, per_token)
-        grads.append(drows.to(rows.dtype))
+        grads.append(sum_by_index(per_token, slots, rows.shape[0]).to(rows.dtype))
     return grads
 
 

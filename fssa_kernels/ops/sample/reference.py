@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fssa_kernels.checks import bad_value
+from fssa_kernels.checks import bad_value, bounded, can_check
 
 
 def sample_ref(
@@ -18,7 +18,7 @@ def sample_ref(
     """(tokens, logprobs); probabilities in fp64, log-probabilities in fp32."""
     wide = logits.double()
     vocab_size = logits.shape[1]
-    if forced.numel() and logits.device.type == "cpu":
+    if forced.numel() and can_check(logits):
         lowest, highest = (int(bound) for bound in forced.aminmax())
         if lowest < -1 or highest >= vocab_size:
             bad_value(
@@ -30,7 +30,8 @@ def sample_ref(
     drawn = _draw(scaled.exp(), top_k, top_p, min_p, uniform)
     tokens = torch.where(temperature > 0, drawn, greedy)
     tokens = torch.where(forced >= 0, forced.long(), tokens)
-    logprobs = wide.log_softmax(1).gather(1, tokens[:, None])[:, 0]
+    inside, bad = bounded(tokens, vocab_size)
+    logprobs = wide.log_softmax(1).gather(1, inside[:, None])[:, 0].masked_fill(bad, float("nan"))
     return tokens.int(), logprobs.float()
 
 
