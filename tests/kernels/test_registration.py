@@ -74,6 +74,29 @@ def test_opcheck_of_the_gradient_operator(case):
     opcheck(function, args, test_utils=("test_schema", "test_faketensor"))
 
 
+def permuted(value):
+    """A floating tensor in memory the other way round, as a transposed one is."""
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.dim() < 2:
+        return value
+    return value.detach().transpose(0, -1).contiguous().transpose(0, -1)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_fakes_are_right_for_permuted_inputs(case):
+    inputs = {name: permuted(value) for name, value in case.inputs(torch.float32).items()}
+    args = lookup(case.op).prepare(**inputs)
+    opcheck(operator(case.op), args, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.differentiable and c.op != "expand_modulation"], ids=str
+)
+def test_fakes_of_gradient_operators_are_right_for_permuted_inputs(case):
+    ((function, args),) = backward_calls(case)
+    args = [permuted(a) for a in args]
+    opcheck(function, args, test_utils=("test_schema", "test_faketensor"))
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_a_dispatch_mode_sees_the_operator(op):
     case = cases(op)[0]

@@ -158,8 +158,8 @@ def _factors_bwd(
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dA, dB) where every slot has its own A and B; adds the low-rank term's part to dx."""
     _, need_a, need_b, _ = needs
-    all_da = torch.zeros_like(lora_a) if need_a else None
-    all_db = torch.zeros_like(lora_b) if need_b else None
+    all_da = lora_a.new_zeros(lora_a.shape) if need_a else None
+    all_db = lora_b.new_zeros(lora_b.shape) if need_b else None
     for slot in slots.unique():
         mine = (slots == slot).nonzero().squeeze(1)
         x_mine = None if x is None else x[mine]

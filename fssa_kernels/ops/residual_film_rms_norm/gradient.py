@@ -48,7 +48,7 @@ def residual_film_rms_norm_bwd_ref(
         ds = dh
         if rows is not None and slots is not None:
             ds = dh * pick("residual_film_rms_norm", "slots", rows, slots)[:, 0].to(wide)
-        grads.append(ds.to(h.dtype))
+        grads.append(ds.to(h.dtype).contiguous())
     if need_weight:
         grads.append((dnormed_wide * unit).sum(0).to(weight.dtype))
     if need_rows:

@@ -31,6 +31,7 @@ def residual_film_rms_norm_ref(
         assert slots is not None
         gamma, beta = pick("residual_film_rms_norm", "slots", rows, slots).to(wide).unbind(1)
         h = torch.addcmul(beta, gamma, s).to(x.dtype)
+    h = h.contiguous()  # torch keeps the layout of x
     h_wide = h.to(wide)
     inverse_rms = torch.rsqrt(h_wide.square().mean(1, keepdim=True) + eps)
     scale = weight.to(wide) + weight_offset if weight_offset else weight.to(wide)
