@@ -22,16 +22,17 @@ from benchmarks.gate import Judgement, judge
 from benchmarks.gpu_resources import Compiled, compile_one, report, thin
 from benchmarks.gpu_suite import __main__ as command
 from benchmarks.gpu_suite import correctness, targets
-from benchmarks.gpu_suite.problems import LinearProblem
+from benchmarks.gpu_suite.problems import LinearProblem, NormProblem
 from benchmarks.gpu_suite.report import headline, write
 from benchmarks.gpu_suite.scale import TINY
 from benchmarks.gpu_suite.shapes import MODELS
 from benchmarks.gpu_suite.suite import OUT_OF_MEMORY, OUT_OF_TIME, Side, Suite
 from benchmarks.gpu_suite.timing import Deadline, HostClock
 from benchmarks.gpu_suite.workers import spread
-from fssa_kernels.gpu.device import NOMINAL
-from fssa_kernels.gpu.launch import Launch
-from fssa_kernels.gpu.resources import Resources, distinct
+from fssa_kernels import residual_film_rms_norm
+from fssa_kernels.gpu.device import NOMINAL, Device
+from fssa_kernels.gpu.launch import Launch, collecting
+from fssa_kernels.gpu.resources import Resources, compile_for, distinct
 from fssa_kernels.ops.modulated_linear import api
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -359,6 +360,21 @@ def test_too_much_shared_memory_and_what_does_not_compile_are_faults():
     assert "shared memory" in Compiled("k", "", 80, True, taken).faults()[0]
     assert Compiled("k", "", 90, True, taken).faults() == []
     assert "does not compile: why" in Compiled("k", "", 80, True, None, "why").faults()[0]
+
+
+@pytest.mark.parametrize("low_rank", [100, 192])
+def test_a_norm_with_factors_in_fp32_fits_a_gpu_with_little_shared_memory(low_rank):
+    device = Device("l40s", 89, 142, 99 << 10)
+    inputs = NormProblem(64, 4096, low_rank=low_rank).inputs("meta", torch.bfloat16)
+    for name in ("lora_a", "gates"):
+        inputs[name] = inputs[name].float()
+    with collecting(device) as launches:
+        residual_film_rms_norm(**inputs, backend="triton")
+    (only,) = distinct(launches)
+    assert only.name == "norm_shrink_kernel"
+    taken = compile_for(only, device.capability)
+    assert taken.shared_bytes <= device.shared_bytes
+    assert taken.stack_bytes == 0
 
 
 def test_thinning_keeps_every_tile_and_is_always_the_same():

@@ -11,11 +11,14 @@ import triton.language as tl
 from torch import Tensor
 
 from fssa_kernels.gpu.backend import unsupported
-from fssa_kernels.gpu.launch import launch
+from fssa_kernels.gpu.device import Device
+from fssa_kernels.gpu.launch import facts, launch
 
 # A row is kept in registers: 1024 threads hold 32 channels each.
 MAX_CHANNELS = 32768
 MAX_LOW_RANK = 256
+# Rows of a program that also multiplies with A.
+_SHRINK_ROWS = 16
 
 
 @triton.jit
@@ -210,14 +213,10 @@ def residual_film_rms_norm_triton(
         num_warps = min(32, max(1, block // 512))
         launch(norm_kernel, (num_tokens,), {**shared, "BLOCK_C": block}, num_warps=num_warps)
         return normed, h
-    block_t, block_w = 16, max(16, triton.next_power_of_2(low_rank))
-    # Without tensor cores a tile's products are kept apart, which takes registers.
-    block_c = 64 if block_w > 128 else 128
-    if x.dtype == torch.float32:
-        block_c = 16 if block_w > 128 else 32
+    block_c, block_w, num_stages = shrink_tiles(facts(x), x, lora_a)
     launch(
         norm_shrink_kernel,
-        (triton.cdiv(num_tokens, block_t),),
+        (triton.cdiv(num_tokens, _SHRINK_ROWS),),
         {
             **shared,
             "lora_a_ptr": lora_a,
@@ -229,10 +228,34 @@ def residual_film_rms_norm_triton(
             "stride_a": lora_a.stride(0),
             "stride_gates": 0 if gates is None else gates.stride(0),
             "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",
-            "BLOCK_T": block_t,
+            "BLOCK_T": _SHRINK_ROWS,
             "BLOCK_C": block_c,
             "BLOCK_W": block_w,
         },
         num_warps=8 if block_w > 64 else 4,
+        num_stages=num_stages,
     )
     return normed, h
+
+
+def shrink_tiles(device: Device, x: Tensor, lora_a: Tensor) -> tuple[int, int, int]:
+    """(BLOCK_C, BLOCK_W, stages) of `norm_shrink_kernel` that the device's shared memory holds."""
+    block_w = max(16, triton.next_power_of_2(lora_a.shape[0]))
+    # Without tensor cores a tile's products are kept apart, which takes registers.
+    block_c = 64 if block_w > 128 else 128
+    if x.dtype == torch.float32:
+        block_c = 16 if block_w > 128 else 32
+    num_stages = 3
+    # A sixteenth is left to what the compiler keeps there besides.
+    while _shrink_bytes(x, lora_a, block_c, block_w, num_stages) > device.shared_bytes * 15 // 16:
+        if num_stages > 2:
+            num_stages -= 1
+        else:
+            block_c //= 2
+    return block_c, block_w, num_stages
+
+
+def _shrink_bytes(x: Tensor, lora_a: Tensor, block_c: int, block_w: int, num_stages: int) -> int:
+    """Shared memory of a program: A and h of the stages under way, and normed for the product."""
+    loaded = block_w * lora_a.element_size() + _SHRINK_ROWS * x.element_size()
+    return block_c * ((num_stages - 1) * loaded + _SHRINK_ROWS * lora_a.element_size())
