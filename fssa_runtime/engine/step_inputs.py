@@ -107,7 +107,7 @@ class StepInputs:
         self.per_sequence = {name: on_device[name] for name in ("block_tables", *_PER_SEQUENCE)}
         self.q_indptr = on_device["q_indptr"]
         self._page_size = page_size
-        self._settled: list[tuple[int, Sequence[int]]] = []
+        self._settled: list[tuple[SamplingParams, list[int]]] = []
         self._filled = (max_tokens, max_sequences)
         self._idle(0, 0)
 
@@ -142,10 +142,10 @@ class StepInputs:
         view["uniform"][:count] = [row.uniform for row in rows]
         view["forced"][:count] = [row.forced for row in rows]
         # Pages and sampling settings of a request stay as they are while it runs.
-        settled = [(id(row.sampling), row.pages) for row in rows]
-        if settled != self._settled:
+        if not self._is_settled(rows):
+            self._settled = []  # an exception may leave the buffers half written
             self._settle(rows)
-            self._settled = [(key, list(pages)) for key, pages in settled]
+            self._settled = [(row.sampling, list(row.pages)) for row in rows]
         self._idle(len(tokens), count)
         if self._copied is not None:
             device_memory, host_memory = self._copied
@@ -161,6 +161,16 @@ class StepInputs:
         view["last"][num_sequences : self._filled[1]] = 0
         view["q_indptr"][num_sequences + 1 :] = num_tokens
         self._filled = (num_tokens, num_sequences)
+
+    def _is_settled(self, rows: Sequence[Row]) -> bool:
+        """Whether the buffers hold these rows' pages and settings.
+
+        The settings themselves are kept, so that none can be freed and another take its address.
+        """
+        return len(rows) == len(self._settled) and all(
+            row.sampling is sampling and row.pages == pages
+            for row, (sampling, pages) in zip(rows, self._settled, strict=True)
+        )
 
     def _settle(self, rows: Sequence[Row]) -> None:
         view = self._views

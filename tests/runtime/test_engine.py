@@ -13,7 +13,7 @@ from fssa_kernels.native import RecordingError
 from fssa_runtime.conditioning.user_weights import UserWeights
 from fssa_runtime.engine.engine import Engine
 from fssa_runtime.engine.runner import Chosen
-from fssa_runtime.engine.step_inputs import Row
+from fssa_runtime.engine.step_inputs import Row, StepInputs
 from fssa_runtime.errors import InputError
 from fssa_runtime.models.language_model import LanguageModel
 from fssa_runtime.request import Completion, Request, SamplingParams
@@ -103,6 +103,31 @@ def test_forced_tokens_are_scored_not_chosen(model: LanguageModel) -> None:
     assert torch.allclose(
         torch.tensor(scored.logprobs[2:]), torch.tensor(longer.logprobs), atol=1e-5
     )
+
+
+def test_settings_are_never_those_of_an_earlier_request(model: LanguageModel) -> None:
+    """Settings that nobody holds any more are freed, and the next may lie where they lay."""
+    asked = engine(model)
+    prompt, draws = list(b"hello"), asked.runner._inputs.per_sequence
+    (greedy,) = asked.generate([Request(prompt, sampling=SamplingParams(max_tokens=3))])
+    for _ in range(20):
+        asked.generate(
+            [Request(prompt, sampling=SamplingParams(max_tokens=3, temperature=5.0, top_k=7))]
+        )
+        assert (draws["temperature"][0], draws["top_k"][0]) == (5, 7)
+        (again,) = asked.generate([Request(prompt, sampling=SamplingParams(max_tokens=3))])
+        assert (draws["temperature"][0], draws["top_k"][0]) == (0, 0)
+        assert again.tokens == greedy.tokens
+
+
+def test_a_step_that_could_not_be_written_counts_for_nothing() -> None:
+    inputs = StepInputs(4, 2, max_pages=3, page_size=4, device=torch.device("cpu"))
+    cold, hot = SamplingParams(), SamplingParams(temperature=2.0)
+    inputs.fill([Row([1], 0, [0], 0, cold)])
+    with pytest.raises(ValueError, match="broadcast"):
+        inputs.fill([Row([1], 0, [0], 0, hot), Row([1], 0, [0, 1, 2, 3], 0, hot)])
+    inputs.fill([Row([1], 0, [0], 0, cold)])
+    assert inputs.per_sequence["temperature"][0] == 0
 
 
 def test_callbacks_report_every_token_and_every_end(model: LanguageModel) -> None:
