@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from .checks import require_int, require_number
 from .conditioning.user_weights import UserWeights
 from .errors import InputError
 from .sampling import GREEDY, SamplingParams
@@ -32,8 +33,8 @@ class Request:
         priority: larger goes first. timeout: seconds after which it is no longer wanted, or None.
 
     Raises:
-        InputError: n below 1, best_of below n, more than `MAX_ANSWERS`, or a timeout that is not
-            positive.
+        InputError: n below 1, best_of below n, more than `MAX_ANSWERS`, a timeout that is not
+            positive, or one of them or the priority of the wrong type.
     """
 
     prompt_tokens: Sequence[int]
@@ -46,15 +47,21 @@ class Request:
     timeout: float | None = None
 
     def __post_init__(self) -> None:
+        require_int("priority", self.priority)
+        require_int("n", self.n)
         if not 1 <= self.n <= MAX_ANSWERS:
             raise InputError(f"n must be at least 1 and at most {MAX_ANSWERS}, got {self.n}")
-        if self.best_of is not None and not self.n <= self.best_of <= MAX_ANSWERS:
-            raise InputError(
-                f"best_of must be at least n = {self.n} and at most {MAX_ANSWERS}, "
-                f"got {self.best_of}"
-            )
-        if self.timeout is not None and not self.timeout > 0:
-            raise InputError(f"timeout must be positive, got {self.timeout}")
+        if self.best_of is not None:
+            require_int("best_of", self.best_of)
+            if not self.n <= self.best_of <= MAX_ANSWERS:
+                raise InputError(
+                    f"best_of must be at least n = {self.n} and at most {MAX_ANSWERS}, "
+                    f"got {self.best_of}"
+                )
+        if self.timeout is not None:
+            require_number("timeout", self.timeout)
+            if not self.timeout > 0:
+                raise InputError(f"timeout must be positive, got {self.timeout}")
 
     @property
     def num_answers(self) -> int:

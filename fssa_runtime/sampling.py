@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from .checks import require_int, require_ints, require_number
 from .errors import InputError
 
 # What one request may ask for: each of these costs the others of its batch time or memory.
@@ -16,6 +17,9 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 1000
 MAX_LOGIT_BIASES = 1000
 MAX_GRAMMAR_LENGTH = 100_000
+# What the buffers of a step hold, and what no random generator needs more of.
+MAX_TOP_K = 2**31 - 1
+SEED_BITS = 64
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class SamplingParams:
             most one of them. An answer cut off by ``max_tokens`` is a beginning of such a text.
 
     Raises:
-        InputError: a value out of range, named.
+        InputError: a value out of range or of the wrong type, named.
     """
 
     max_tokens: int | None = 128
@@ -72,9 +76,10 @@ class SamplingParams:
     lark: str | None = None
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        self._own("stop", stop, Collection, tuple)
+        self._own("stop_token_ids", self.stop_token_ids, Collection, tuple)
+        self._own("logit_bias", self.logit_bias, Mapping, dict)
         self._check_draw()
         self._check_end()
         self._check_logits()
@@ -102,19 +107,40 @@ class SamplingParams:
                 return kind, value if isinstance(value, str) else json.dumps(value)
         return None
 
+    def _own(self, name: str, value: object, kind: type, copy: Callable[[Any], object]) -> None:
+        """Keep a copy, so that what the caller does with the original changes no request."""
+        if not isinstance(value, kind):
+            raise InputError(
+                f"{name}: expected a {kind.__name__.lower()}, got {type(value).__name__}"
+            )
+        object.__setattr__(self, name, copy(value))
+
     def _check_draw(self) -> None:
+        for name in ("temperature", "top_p", "min_p"):
+            require_number(name, getattr(self, name))
+        require_int("top_k", self.top_k)
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise InputError(f"temperature must be finite and >= 0, got {self.temperature}")
-        if self.top_k < 0:
-            raise InputError(f"top_k must be >= 0 (0 is off), got {self.top_k}")
+        if not 0 <= self.top_k <= MAX_TOP_K:
+            raise InputError(
+                f"top_k must be >= 0 (0 is off) and at most {MAX_TOP_K}, got {self.top_k}"
+            )
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p must be in (0, 1], got {self.top_p}")
         if not 0 <= self.min_p <= 1:
             raise InputError(f"min_p must be in [0, 1], got {self.min_p}")
+        if self.seed is not None:
+            require_int("seed", self.seed)
+            if self.seed.bit_length() > SEED_BITS:
+                raise InputError(f"seed must be a number of at most {SEED_BITS} bits, got more")
 
     def _check_end(self) -> None:
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise InputError(f"max_tokens must be at least 1, got {self.max_tokens}")
+        if self.max_tokens is not None:
+            require_int("max_tokens", self.max_tokens)
+            if self.max_tokens < 1:
+                raise InputError(f"max_tokens must be at least 1, got {self.max_tokens}")
+        require_int("min_tokens", self.min_tokens)
+        require_ints("stop_token_ids", self.stop_token_ids)
         most = math.inf if self.max_tokens is None else self.max_tokens
         if not 0 <= self.min_tokens <= most:
             raise InputError(f"min_tokens must be in 0..max_tokens, got {self.min_tokens}")
@@ -128,6 +154,9 @@ class SamplingParams:
                 )
 
     def _check_logits(self) -> None:
+        for name in ("repetition_penalty", "presence_penalty", "frequency_penalty"):
+            require_number(name, getattr(self, name))
+        require_ints("tokens of logit_bias", self.logit_bias)
         if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
             raise InputError(
                 f"repetition_penalty must be finite and above 0, got {self.repetition_penalty}"
@@ -140,14 +169,17 @@ class SamplingParams:
                 f"logit_bias: at most {MAX_LOGIT_BIASES} tokens, got {len(self.logit_bias)}"
             )
         for token, bias in self.logit_bias.items():
+            require_number(f"logit_bias of token {token}", bias)
             if not (math.isfinite(bias) or bias == -math.inf):
                 raise InputError(f"logit_bias of token {token} must be a number, got {bias}")
 
     def _check_report(self) -> None:
         for name in ("top_logprobs", "prompt_logprobs"):
             value = getattr(self, name)
-            if value is not None and not 0 <= value <= MAX_TOP_LOGPROBS:
-                raise InputError(f"{name} must be in 0..{MAX_TOP_LOGPROBS}, got {value}")
+            if value is not None:
+                require_int(name, value)
+                if not 0 <= value <= MAX_TOP_LOGPROBS:
+                    raise InputError(f"{name} must be in 0..{MAX_TOP_LOGPROBS}, got {value}")
 
     def _check_grammar(self) -> None:
         given = [
@@ -190,7 +222,7 @@ def from_generation_config(config: Mapping[str, Any]) -> SamplingParams:
     for name, value in given.items():
         try:
             SamplingParams(**{name: value})
-        except (InputError, TypeError):
+        except InputError:
             continue
         kept[name] = value
     return SamplingParams(**kept)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ..checks import require_ints
 from ..completions import Gathering
 from ..conditioning.modulation import Modulation
 from ..conditioning.table import ModulationTable
@@ -290,6 +291,7 @@ class Engine:
             ("tokens of logit_bias", sampling.logit_bias),
             ("stop_token_ids", sampling.stop_token_ids),
         ):
+            require_ints(name, tokens)
             if not all(0 <= token < vocab_size for token in tokens):
                 raise InputError(f"{name} must be in 0..{vocab_size - 1}")
         if request.forced_tokens is not None and not request.forced_tokens:
@@ -387,7 +389,7 @@ class Engine:
                 reason = "stop"
         if reason is None and answer.edits is not None and answer.edits.at_end:
             reason = "stop"
-        if reason is None and len(stream.written) == stream.max_tokens:
+        if reason is None and len(stream.written) >= stream.max_tokens:
             reason = "length"
         if reason is not None:
             text += self._drop(answer)

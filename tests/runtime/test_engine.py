@@ -95,6 +95,17 @@ def test_the_end_of_an_answer(model: LanguageModel) -> None:
     assert stopped.tokens == free.tokens[: free.tokens.index(stop) + 1]
 
 
+def test_an_answer_never_grows_past_its_length(model: LanguageModel) -> None:
+    """Though the count of what is written were to step over it."""
+    asked = engine(model)
+    asked.add(Request(list(b"hello"), sampling=SamplingParams(max_tokens=3)))
+    (answer,) = asked._answers.values()
+    answer.stream.max_tokens = 2.5  # type: ignore[assignment]
+    tokens = [token for _ in range(3) for token in asked.step()]
+    assert tokens[-1].finish_reason == "length"
+    assert len(asked) == 0
+
+
 def test_forced_tokens_are_scored_not_chosen(model: LanguageModel) -> None:
     prompt, forced = list(b"abc"), list(b"xyzzy")
     scored = engine(model).generate([Request(prompt, forced_tokens=forced)])[0]
@@ -189,6 +200,7 @@ def test_an_interrupted_step_leaves_nothing_to_be_found(model: LanguageModel) ->
         (Request([]), "empty"),
         (Request([10**6]), "prompt tokens"),
         (Request([-1]), "prompt tokens"),
+        (Request([1.5]), "prompt tokens must be integers, got float"),  # type: ignore[list-item]
         (Request([1] * 500, sampling=SamplingParams(max_tokens=20)), "positions"),
         (Request([1] * 250, sampling=SamplingParams(max_tokens=20)), "cache"),
         (Request([1], UserWeights.of_row(torch.zeros(3))), "no modulation"),

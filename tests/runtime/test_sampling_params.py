@@ -41,6 +41,25 @@ from .models import write_model
         (dict(regex=""), "regex: expected 1 to 100000 characters, got 0"),
         (dict(json_schema={"type": {1, 2}}), "json_schema: expected what JSON can hold"),
         (dict(regex="a", ignore_eos=True), "regex and ignore_eos"),
+        # What one request gets wrong may not come up in a step, which is everybody's.
+        (dict(max_tokens=1.5), "max_tokens must be an integer, got float"),
+        (dict(min_tokens="2"), "min_tokens must be an integer, got str"),
+        (dict(top_k=2.0), "top_k must be an integer, got float"),
+        (dict(top_k=True), "top_k must be an integer, got bool"),
+        (dict(top_k=2**31), "top_k must be .* at most 2147483647, got 2147483648"),
+        (dict(seed=0.5), "seed must be an integer, got float"),
+        (dict(seed=2**64), "seed must be a number of at most 64 bits"),
+        (dict(top_logprobs=1.5), "top_logprobs must be an integer, got float"),
+        (dict(prompt_logprobs="all"), "prompt_logprobs must be an integer, got str"),
+        (dict(stop_token_ids=[1, 2.5]), "stop_token_ids must be integers, got float"),
+        (dict(stop_token_ids=7), "stop_token_ids: expected a collection, got int"),
+        (dict(stop=7), "stop: expected a collection, got int"),
+        (dict(logit_bias={"7": 1.0}), "tokens of logit_bias must be integers, got str"),
+        (dict(logit_bias={7: "1"}), "logit_bias of token 7 must be a number, got str"),
+        (dict(logit_bias=[7]), "logit_bias: expected a mapping, got list"),
+        (dict(temperature="hot"), "temperature must be a number, got str"),
+        (dict(top_p=None), "top_p must be a number, got NoneType"),
+        (dict(repetition_penalty=[1]), "repetition_penalty must be a number, got list"),
     ],
 )
 def test_values_out_of_range(settings: dict, message: str) -> None:
@@ -57,11 +76,24 @@ def test_values_out_of_range(settings: dict, message: str) -> None:
         (dict(best_of=129), "best_of must be"),
         (dict(timeout=0.0), "timeout must be positive"),
         (dict(timeout=math.nan), "timeout must be positive"),
+        (dict(timeout="soon"), "timeout must be a number, got str"),
+        (dict(n=1.5), "n must be an integer, got float"),
+        (dict(n=True), "n must be an integer, got bool"),
+        (dict(best_of="2"), "best_of must be an integer, got str"),
+        (dict(priority="high"), "priority must be an integer, got str"),
+        (dict(priority=None), "priority must be an integer, got NoneType"),
     ],
 )
 def test_requests_out_of_range(settings: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         Request([1], **settings)
+
+
+def test_settings_are_nobody_else_s_to_change() -> None:
+    bias, stop = {3: 1.0}, ["end"]
+    settings = SamplingParams(logit_bias=bias, stop=stop)
+    bias[10**6], stop[0] = 2.0, ""
+    assert settings == SamplingParams(logit_bias={3: 1.0}, stop="end")
 
 
 def test_one_stop_string_is_a_list_of_one() -> None:
