@@ -24,7 +24,7 @@ from .conditioning.embedding import Steps
 from .conditioning.questions import Candidate, Suggestion
 from .errors import EngineError, InputError, OverloadedError
 from .llm import LLM, Output
-from .models.language_model import Content
+from .models.messages import Content
 from .request import Request, Token
 from .sampling import SamplingParams
 from .users.registry import AnyReward, User, WhoseWeights

@@ -16,7 +16,8 @@ from .conditioning.table import ModulationTable
 from .conditioning.user_weights import UserWeights
 from .engine.engine import Engine
 from .errors import InputError
-from .models.language_model import Content, LanguageModel
+from .models.language_model import LanguageModel
+from .models.messages import Content
 from .request import Completion, Request
 from .sampling import SamplingParams
 from .threads import set_or_limit_threads
@@ -134,7 +135,7 @@ class LLM:
 
     def generate(
         self,
-        prompts: Sequence[Content],
+        prompts: str | Sequence[Content],
         users: OneOrEach = None,
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
@@ -145,6 +146,7 @@ class LLM:
         """Answer prompts (text, or chat messages), all in one stream of batches.
 
         Args:
+            prompts: a list of them; text alone is a list of one.
             users: whose weights write: a name, a mixture ``{"ana": 0.7, "ben": 0.3}``, weights, or
                 None for the base model's; one for all prompts or a list with one for each.
             sampling: one for all prompts or one for each; None is `default_sampling`.
@@ -157,6 +159,10 @@ class LLM:
                 can never be answered; nothing has been written then. Or another thread is inside
                 `generate` or `run`: an `AsyncEngine` serves many.
         """
+        if isinstance(prompts, str):
+            prompts = [prompts]
+        if not isinstance(prompts, Sequence):
+            raise InputError(f"prompts: expected a list, got {type(prompts).__name__}")
         whose = _for_each("users", users, len(prompts), str | Mapping | UserWeights)
         how = _for_each("sampling", sampling, len(prompts), SamplingParams)
         requests = [

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..models.language_model import Content
+from ..models.messages import Content, is_chat
 
 
 class Choice(NamedTuple):
@@ -29,16 +29,6 @@ class Choice(NamedTuple):
 
 # A choice as callers write it.
 ChoiceLike = Choice | tuple[Content, Content, Content | Sequence[Content]]
-
-
-def is_chat(value: object) -> bool:
-    """Whether this is a list of chat messages: objects with role and content, or such pairs."""
-    return (
-        isinstance(value, Sequence)
-        and not isinstance(value, str)
-        and len(value) > 0
-        and all(map(_is_message, value))
-    )
 
 
 def options_of(choices: Sequence[Choice]) -> list[tuple[Content, Content]]:
@@ -64,9 +54,3 @@ def arranged(choices: Sequence[Choice], embedded: Tensor) -> tuple[Tensor, Tenso
     wide = embedded.new_zeros(*mask.shape, embedded.shape[1])
     wide[mask] = rejected
     return chosen, wide, mask
-
-
-def _is_message(value: object) -> bool:
-    if isinstance(value, Mapping):
-        return {"role", "content"} <= value.keys()
-    return isinstance(value, tuple) and len(value) == 2 and all(isinstance(v, str) for v in value)

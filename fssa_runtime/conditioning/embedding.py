@@ -9,7 +9,8 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from ..errors import InputError
-from ..models.language_model import Content, LanguageModel
+from ..models.language_model import LanguageModel
+from ..models.messages import Content
 from ..models.packed import PackedOptions, batches_by_tokens
 
 # Tokens of one forward pass: bounds the memory of embedding many answers.

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..models.language_model import Content
-from .choices import Choice, arranged, is_chat, options_of
+from ..models.messages import Content, is_chat
+from .choices import Choice, arranged, options_of
 from .encoder import Latent, antithetic_noise
 
 # Latents drawn from the posterior. The same for every question and user, so that two questions are

@@ -15,13 +15,11 @@ from ..errors import InputError
 from ..sampling import GREEDY, SamplingParams, from_generation_config
 from .config import decoder_config
 from .decoder import Decoder
+from .messages import Content, chat_messages
 from .pull import CATALOGUE, pull, pulled_folder
 from .weights import load_decoder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-# Text, or chat messages: mappings or (role, content) pairs.
-Content = str | Sequence[Any]
 
 
 @dataclass(frozen=True)
@@ -79,14 +77,21 @@ class LanguageModel:
         return copy.deepcopy(self.tokenizer.backend_tokenizer)
 
     def chat_tokens(self, prompt: Content) -> list[int]:
-        """Tokens of a prompt (text is one user message) up to where the answer begins."""
-        messages = _messages(prompt, "user")
+        """Tokens of a prompt (text is one user message) up to where the answer begins.
+
+        Raises:
+            InputError: neither text nor chat messages, or such as the chat template refuses.
+        """
+        messages = chat_messages("prompt", prompt, "user")
         if getattr(self.tokenizer, "chat_template", None) is None:
             text = "\n\n".join(message["content"] for message in messages) + "\n\n"
             return self.tokenizer(text)["input_ids"]
-        rendered = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
-        )
+        try:
+            rendered = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # a template is the model's own program and may raise anything
+            raise InputError(f"prompt: the model's chat template refuses it: {error}") from error
         return self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
 
     def answer_tokens(self, answer: str) -> list[int]:
@@ -98,9 +103,10 @@ class LanguageModel:
         """Tokens of a prompt and of one answer to it.
 
         Raises:
-            InputError: an answer of several turns, or an option longer than the model's context.
+            InputError: neither text nor chat messages, an answer of several turns, or an option
+                longer than the model's context.
         """
-        turns = _messages(completion, "assistant")
+        turns = chat_messages("completion", completion, "assistant")
         if len(turns) != 1 or turns[0]["role"] != "assistant":
             roles = [turn["role"] for turn in turns]
             raise InputError(f"a completion must be one assistant turn, got turns {roles}")
@@ -121,15 +127,6 @@ class LanguageModel:
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of an answer's tokens, special tokens left out."""
         return self.tokenizer.decode(list(tokens), skip_special_tokens=True)
-
-
-def _messages(content: Content, role: str) -> list[dict[str, str]]:
-    if isinstance(content, str):
-        return [{"role": role, "content": content}]
-    return [
-        dict(turn) if isinstance(turn, Mapping) else {"role": turn[0], "content": turn[1]}
-        for turn in content
-    ]
 
 
 def locate(name: str, *, show_progress: bool = False) -> Path:

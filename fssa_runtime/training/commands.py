@@ -16,7 +16,8 @@ from ..conditioning.embedding import EmbeddingConfig, embed_options
 from ..env import process
 from ..errors import InputError
 from ..files import write_atomically
-from ..models.language_model import Content, LanguageModel
+from ..models.language_model import LanguageModel
+from ..models.messages import Content
 from ..users.examples import write_users
 from .answers import AnswerConfig, read_answers, read_prompts, sample_answers
 from .policy import CONDITIONING_DIR, train_policy

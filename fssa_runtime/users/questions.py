@@ -16,7 +16,8 @@ from ..conditioning.choices import Choice
 from ..conditioning.embedding import MAX_BATCH_TOKENS, Steps, embedding_steps
 from ..conditioning.questions import Candidate, Suggestion, options_to_read, suggestion_of
 from ..errors import InputError
-from ..models.language_model import Content, LanguageModel
+from ..models.language_model import LanguageModel
+from ..models.messages import Content
 from ..training.reward_model import TextReward, load_text_reward
 
 HOW_TO_TRAIN = (

@@ -14,6 +14,7 @@ from fssa_runtime.conditioning import beliefs
 from fssa_runtime.conditioning.embedding import embed_options
 from fssa_runtime.errors import InputError
 from fssa_runtime.models.language_model import LanguageModel
+from fssa_runtime.training.data import Message
 
 from .conditioned import CHOICES, LATENT_DIM, random_conditioning, small_model
 
@@ -48,6 +49,59 @@ def test_outputs_are_in_the_order_of_the_prompts(llm: LLM) -> None:
         (alone,) = llm.generate([output.prompt], [user], GREEDY, progress=False)
         assert alone == output
         assert output.text == llm.model.decode(output.answers[0].tokens)
+
+
+def test_text_alone_is_a_list_of_one(llm: LLM) -> None:
+    alone = llm.generate("Why?", "ana", GREEDY, progress=False)
+    assert alone == llm.generate(["Why?"], ["ana"], GREEDY, progress=False)
+    with pytest.raises(InputError, match="prompts: expected a list, got int"):
+        llm.generate(5, progress=False)  # type: ignore[arg-type]
+
+
+def test_what_a_prompt_may_be(llm: LLM) -> None:
+    expected = llm.model.tokenizer("user: Why?\nassistant: ")["input_ids"]
+    parts = [{"type": "text", "text": "Wh"}, {"type": "text", "text": "y?"}]
+    for prompt in (
+        "Why?",
+        [{"role": "user", "content": "Why?"}],
+        [("user", "Why?")],
+        (Message("user", "Why?"),),
+        [{"role": "user", "content": parts}],
+    ):
+        assert llm.request(prompt).prompt_tokens == expected
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ({"role": "user", "content": "hi"}, "prompt: expected text, or a list of chat messages"),
+        (["Hello", "World"], r"prompt: expected text, .* got \['Hello', 'World'\]"),
+        ([("user", "hi", "x")], "prompt: expected text"),
+        ([["user", "hi"]], "prompt: expected text"),
+        ([{"role": "user"}], "prompt: expected text"),
+        ([], r"prompt: expected text, .* got \[\]"),
+        (5, "prompt: expected text, .* got 5"),
+        (None, "prompt: expected text"),
+        ([{"role": "user", "content": None}], "prompt: message 0: content: expected .* got None"),
+        ([{"role": 1, "content": "hi"}], "prompt: message 0: role: expected text, got 1"),
+        (
+            [("user", "hi"), {"role": "user", "content": [{"type": "image_url", "text": "hi"}]}],
+            "prompt: message 1: content: expected text or parts of it, got",
+        ),
+        ([{"role": "user", "content": ["hi"]}], "prompt: message 0: content: expected"),
+    ],
+)
+def test_a_prompt_of_another_shape_is_refused(llm: LLM, prompt: object, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        llm.generate([prompt], progress=False)  # type: ignore[list-item]
+
+
+def test_what_a_chat_template_refuses_is_said(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = "{{ raise_exception('roles must alternate') if messages[1] else messages[0].x.y }}"
+    monkeypatch.setattr(llm.model.tokenizer, "chat_template", template)
+    for turns, reason in ((2, "roles must alternate"), (1, "has no attribute 'x'")):
+        with pytest.raises(InputError, match=f"chat template refuses it: .*{reason}"):
+            llm.request([("user", "hi")] * turns)
 
 
 def test_a_mixture_goes_from_nobody_through_one_to_the_other(llm: LLM) -> None:
