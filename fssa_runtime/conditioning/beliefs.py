@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..models.language_model import LanguageModel
 from .checkpoint import Conditioning
-from .choices import Choice, arranged, options_of
+from .choices import Choice, ChoiceLike, arranged, checked_choices, options_of
 from .embedding import MAX_BATCH_TOKENS, Steps, embedding_steps, result_of
 from .encoder import ContextSummary, Latent, PreferenceEncoder
 
@@ -75,14 +75,14 @@ def update_belief(
 
 
 def learn_choices(
-    conditioning: Conditioning, model: LanguageModel, belief: Belief, choices: Sequence[Choice]
+    conditioning: Conditioning, model: LanguageModel, belief: Belief, choices: Sequence[ChoiceLike]
 ) -> Belief:
     """The belief after more choices between texts; only their options are read by the model.
 
     Raises:
-        InputError: an option longer than the model's context.
+        InputError: as `checked_choices` does; an option longer than the model's context.
     """
-    return result_of(learning_steps(conditioning, model, belief, choices))
+    return result_of(learning_steps(conditioning, model, belief, checked_choices(choices)))
 
 
 def learning_steps(
@@ -92,7 +92,7 @@ def learning_steps(
     choices: Sequence[Choice],
     max_tokens: int = MAX_BATCH_TOKENS,
 ) -> Steps[Belief]:
-    """As `learn_choices`, ``max_tokens`` tokens of the options at a time."""
+    """As `learn_choices`, ``max_tokens`` tokens of the options at a time; choices are checked."""
     if not choices:  # whatever the embeddings are of
         return belief
     options = options_of(choices)

@@ -25,7 +25,7 @@ from ..errors import InputError
 from ..files import write_atomically
 from ..models.decoder import Decoder
 from ..models.language_model import LanguageModel
-from .choices import Choice, arranged, options_of
+from .choices import ChoiceLike, arranged, checked_choices, options_of
 from .embedding import EmbeddingConfig, embed_options
 from .encoder import EncoderConfig, PreferenceEncoder
 from .layout import BaseShape, ModulatorConfig
@@ -56,18 +56,22 @@ class Conditioning:
     base_fingerprint: str
     notes: dict[str, Any] = field(default_factory=dict)
 
-    def infer(self, model: LanguageModel, choices: Sequence[Choice]) -> torch.Tensor:
+    def infer(self, model: LanguageModel, choices: Sequence[ChoiceLike]) -> torch.Tensor:
         """The latent ``z [Z]`` of a user who made these choices; none gives the prior.
 
         One forward pass of the base over the options and one of the encoder; no gradient step.
         The mean of q(z | choices) if the encoder is stochastic. `beliefs` says how sure that is,
         and learns from further choices without reading these again.
+
+        Raises:
+            InputError: as `checked_choices` does; an option longer than the model's context.
         """
-        if not choices:  # the prior, whatever the embeddings are of
+        checked = checked_choices(choices)
+        if not checked:  # the prior, whatever the embeddings are of
             nothing = torch.empty(0, self.encoder.config.option_dim)
             return self.infer_embedded(nothing, nothing)
-        embedded = embed_options(model, self.embedding, options_of(choices))
-        return self.infer_embedded(*arranged(choices, embedded))
+        embedded = embed_options(model, self.embedding, options_of(checked))
+        return self.infer_embedded(*arranged(checked, embedded))
 
     @torch.no_grad()
     def infer_embedded(

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..models.messages import Content, is_chat
-from .choices import Choice, arranged, options_of
+from ..models.messages import Content, chat_messages
+from .choices import Choice, ChoiceLike, arranged, checked_choices, options_of
 from .encoder import Latent, antithetic_noise
 
 # Latents drawn from the posterior. The same for every question and user, so that two questions are
@@ -98,7 +98,7 @@ def information_of_questions(
 def suggest_next_pair(
     model: QuestionModel,
     embed: Embed,
-    choices: Sequence[Choice],
+    choices: Sequence[ChoiceLike],
     candidates: Sequence[Candidate],
     *,
     num_samples: int = NUM_SAMPLES,
@@ -110,11 +110,13 @@ def suggest_next_pair(
     candidates the first is taken.
 
     Raises:
-        InputError: no candidates, one that is not a prompt with two different answers, embeddings
-            that are not finite, a deterministic encoder.
+        InputError: choices as `checked_choices` refuses them; no candidates, one that is not a
+            prompt with two different answers, embeddings that are not finite, a deterministic
+            encoder.
     """
-    embedded = embed(options_to_read(choices, candidates))
-    return suggestion_of(model, embedded, choices, num_samples=num_samples)
+    checked = checked_choices(choices)
+    embedded = embed(options_to_read(checked, candidates))
+    return suggestion_of(model, embedded, checked, num_samples=num_samples)
 
 
 def options_to_read(
@@ -182,12 +184,12 @@ def _check_candidate(number: int, candidate: object) -> None:
             f"candidates: pair {number}: expected (prompt, one answer, another answer), "
             f"got {candidate!r}"
         )
-    for name, text in zip(("prompt", "one answer", "another answer"), candidate, strict=True):
-        if not isinstance(text, str) and not is_chat(text):
-            raise InputError(
-                f"candidates: pair {number}: {name}: expected text or chat messages, got {text!r}"
-            )
-    if candidate[1] == candidate[2]:
+    fields = (("prompt", "user"), ("one answer", "assistant"), ("another answer", "assistant"))
+    _, one, other = (
+        chat_messages(f"candidates: pair {number}: {name}", text, role)
+        for (name, role), text in zip(fields, candidate, strict=True)
+    )
+    if one == other:
         raise InputError(f"candidates: pair {number}: both answers are the same")
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from ..conditioning.checkpoint import Conditioning, read_conditioning
-from ..conditioning.choices import Choice
+from ..conditioning.choices import ChoiceLike
 from ..conditioning.layout import LinearName, Site
 from ..conditioning.modulator import Modulator
 from ..errors import InputError
@@ -166,7 +166,7 @@ class Modulated:
         with self._for(self._maker.make(whose, _device(self.model))):
             yield
 
-    def infer(self, tokenizer: Any, choices: Sequence[Choice]) -> torch.Tensor:
+    def infer(self, tokenizer: Any, choices: Sequence[ChoiceLike]) -> torch.Tensor:
         """The latent ``z [Z]`` of somebody who made these choices, read by the base model itself.
 
         PEFT's adapters, if any, are left out of it. The encoder runs where the conditioning is.

@@ -35,8 +35,8 @@ def chat_messages(name: str, content: Content, role: str) -> list[dict[str, Any]
         return [{"role": role, "content": content}]
     if not is_chat(content):
         raise InputError(
-            f"{name}: expected text, or a list of chat messages (objects with role and content, "
-            f"or pairs of them), got {shortened(content)}"
+            f"{name}: expected text or chat messages, got {shortened(content)}; messages are a "
+            "list of objects with role and content, or of such pairs"
         )
     return [_message(f"{name}: message {place}", each) for place, each in enumerate(content)]
 

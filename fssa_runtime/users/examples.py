@@ -6,9 +6,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from reprlib import repr as shortened
+from typing import Any
 
-from ..conditioning.choices import Choice
+from ..conditioning.choices import Choice, checked_choices
 from ..errors import InputError
+from ..models.messages import Content, chat_messages
 
 
 @dataclass(frozen=True)
@@ -22,10 +25,11 @@ class ExampleUser:
 
 def read_users(path: Path) -> list[ExampleUser]:
     """A JSON list of ``{"name", "choices": [{"prompt", "chosen", "rejected"}], "weights"?}``;
-    ``rejected`` may be a list of texts.
+    texts may be chat messages, and ``rejected`` a list of answers.
 
     Raises:
-        InputError: missing or damaged file, a field missing, the same name twice.
+        InputError: missing or damaged file, a field missing or of another kind, a choice as
+            `checked_choices` refuses it, the same name twice.
     """
     try:
         records = json.loads(path.read_text(encoding="utf-8"))
@@ -38,12 +42,11 @@ def read_users(path: Path) -> list[ExampleUser]:
     users = []
     for number, record in enumerate(records):
         try:
-            choices = tuple(
-                Choice(str(c["prompt"]), str(c["chosen"]), _texts(c["rejected"]))
-                for c in record["choices"]
-            )
+            choices = checked_choices(record["choices"])
             weights = {str(k): float(v) for k, v in record.get("weights", {}).items()}
-            users.append(ExampleUser(str(record["name"]), choices, weights))
+            users.append(ExampleUser(_name(record["name"]), choices, weights))
+        except InputError as error:
+            raise InputError(f"users {path}: user {number}: {error}") from error
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"users {path}: user {number}: {error!r}") from error
     if len({user.name for user in users}) != len(users):
@@ -51,8 +54,10 @@ def read_users(path: Path) -> list[ExampleUser]:
     return users
 
 
-def _texts(value: object) -> str | tuple[str, ...]:
-    return tuple(map(str, value)) if isinstance(value, list) else str(value)
+def _name(value: object) -> str:
+    if not isinstance(value, str) or not value:
+        raise InputError(f"name: expected text, got {shortened(value)}")
+    return value
 
 
 def write_users(users: Sequence[ExampleUser], path: Path) -> None:
@@ -61,8 +66,22 @@ def write_users(users: Sequence[ExampleUser], path: Path) -> None:
         {
             "name": user.name,
             "weights": user.weights,
-            "choices": [choice._asdict() for choice in user.choices],
+            "choices": [_record(choice) for choice in user.choices],
         }
         for user in users
     ]
     path.write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _record(choice: Choice) -> dict[str, Any]:
+    rejected = [_written(answer) for answer in choice.all_rejected]
+    return {
+        "prompt": _written(choice.prompt),
+        "chosen": _written(choice.chosen),
+        "rejected": rejected[0] if len(rejected) == 1 else rejected,
+    }
+
+
+def _written(content: Content) -> Content:
+    """Messages as objects: JSON has no pairs that could be told from a list of two texts."""
+    return content if isinstance(content, str) else chat_messages("content", content, "user")

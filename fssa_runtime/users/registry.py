@@ -10,7 +10,7 @@ import torch
 
 from ..conditioning.beliefs import Belief, learning_steps, prior_belief
 from ..conditioning.checkpoint import Conditioning
-from ..conditioning.choices import Choice, ChoiceLike
+from ..conditioning.choices import Choice, ChoiceLike, checked_choices
 from ..conditioning.embedding import MAX_BATCH_TOKENS, Steps, result_of
 from ..conditioning.questions import Candidate, Suggestion
 from ..conditioning.user_weights import UserWeights
@@ -82,10 +82,11 @@ class Users:
     def infer(self, name: str, choices: Sequence[ChoiceLike]) -> User:
         """Know a user by a few choices (prompt, chosen, rejected), instead of what was known.
 
-        ``rejected`` is one answer, or a list of those that the chosen one was preferred to.
+        A choice may be a mapping with these three as well. ``rejected`` is one answer, or a
+        list of those that the chosen one was preferred to.
 
         Raises:
-            InputError: no name, a choice between an option and itself, or an empty text.
+            InputError: no name, or choices as `checked_choices` refuses them.
         """
         return result_of(self.infer_steps(name, choices))
 
@@ -129,7 +130,7 @@ class Users:
         max_tokens: int,
     ) -> Steps[User]:
         conditioning = self._need()
-        checked = tuple(_choice(number, choice) for number, choice in enumerate(choices))
+        checked = checked_choices(choices)
         belief = yield from learning_steps(conditioning, self._model, belief, checked, max_tokens)
         return self._keep(name, (*known, *checked), belief.mean, belief)
 
@@ -232,24 +233,3 @@ class Users:
         user = User(name, choices, latent, self._need().blend([(1.0, latent)]), belief)
         self._users[name] = user
         return user
-
-
-def _choice(number: int, choice: ChoiceLike) -> Choice:
-    try:
-        checked = Choice(*choice)
-        all_rejected = checked.all_rejected
-    except TypeError as error:
-        raise InputError(
-            f"choice {number}: expected (prompt, chosen, rejected), got {choice!r}"
-        ) from error
-    if not all_rejected:
-        raise InputError(f"choice {number}: expected at least one rejected answer, got none")
-    options = [("prompt", checked.prompt), ("chosen", checked.chosen)]
-    for name, text in [*options, *(("rejected", answer) for answer in all_rejected)]:
-        if isinstance(text, str) and not text.strip():
-            raise InputError(f"choice {number}: expected words as {name}, got {text!r}")
-    if checked.chosen in all_rejected:
-        raise InputError(f"choice {number}: chosen and rejected are the same")
-    if any(answer in all_rejected[:place] for place, answer in enumerate(all_rejected)):
-        raise InputError(f"choice {number}: an answer was rejected twice")
-    return checked

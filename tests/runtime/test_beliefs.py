@@ -129,3 +129,5 @@ def test_texts_are_read_once(tmp_path, monkeypatch):
     expected = conditioning.infer(model, CHOICES)
     torch.testing.assert_close(belief.mean, expected, rtol=1e-4, atol=1e-5)
     assert learn_choices(conditioning, model, belief, []).count == len(CHOICES)
+    with pytest.raises(InputError, match="choice 0: expected words as chosen"):
+        learn_choices(conditioning, model, belief, [("Why?", "", "No.")])

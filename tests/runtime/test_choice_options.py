@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from fssa_runtime.conditioning.choices import Choice, arranged, options_of
+from fssa_runtime.conditioning.choices import Choice, arranged, checked_choices, options_of
+from fssa_runtime.errors import InputError
 from fssa_runtime.training.data import Message
 
 HI: list[Any] = [{"role": "assistant", "content": "Hi."}]
@@ -31,6 +32,59 @@ HO: tuple[Any, ...] = (Message("assistant", "Ho."),)
 )
 def test_one_rejected_answer_is_told_from_a_list_of_them(rejected: Any, expected: tuple) -> None:
     assert Choice("Why?", "So.", rejected).all_rejected == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (("p", "a", "b"), Choice("p", "a", "b")),
+        (["p", "a", "b"], Choice("p", "a", "b")),
+        ({"rejected": "b", "chosen": "a", "prompt": "p"}, Choice("p", "a", "b")),
+        (("p", "a", ["b", "c"]), Choice("p", "a", ("b", "c"))),
+        (("p", "a", ["b"]), Choice("p", "a", "b")),
+        (Choice("p", HI, HO), Choice("p", HI, HO)),
+        (("p", "a", [HI, HO]), Choice("p", "a", (HI, HO))),
+    ],
+)
+def test_a_choice_may_be_written_in_several_ways(given: Any, expected: Choice) -> None:
+    assert checked_choices([given]) == (expected,)
+
+
+PARTS: list[Any] = [{"role": "assistant", "content": [{"type": "text", "text": "Hi."}]}]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"prompt": "p", "chosen": "a"}, r"expected \(prompt, chosen, rejected\) or a mapping"),
+        ({"prompt": "p", "chosen": "a", "rejected": "b", "user": "u"}, "expected .prompt, chosen"),
+        ("pab", r"expected \(prompt, chosen, rejected\) or a mapping .* got 'pab'"),
+        (None, "expected .prompt, chosen, rejected. or a mapping .* got None"),
+        (("p", None, "b"), "chosen: expected text or chat messages, got None"),
+        (("p", ["a", "b"], "c"), "chosen: expected text or chat messages, got"),
+        (("p", [{"role": "assistant"}], "b"), "chosen: expected text or chat messages, got"),
+        ((7, "a", "b"), "prompt: expected text or chat messages, got 7"),
+        (("p", "a", {"role": "assistant", "content": "b"}), "rejected: expected text or chat"),
+        (("p", "a", None), "rejected: expected text or chat messages, got None"),
+        (("p", "a", ["b", 7]), "rejected: expected text or chat messages, got 7"),
+        (("p", "a", [{"role": "assistant", "content": None}]), "rejected: message 0: content: "),
+        (("p", "a", []), "expected at least one rejected answer, got none"),
+        ((" ", "a", "b"), "expected words as prompt, got ' '"),
+        (("p", [("assistant", "")], "b"), "expected words as chosen, got ''"),
+        (("p", "Hi.", HI), "chosen and rejected are the same"),
+        (("p", "a", [HI, PARTS]), "an answer was rejected twice"),
+    ],
+)
+def test_what_is_no_choice_is_named(given: Any, message: str) -> None:
+    with pytest.raises(InputError, match=f"choice 1: {message}"):
+        checked_choices([("p", "a", "b"), given])
+
+
+def test_choices_are_a_list() -> None:
+    with pytest.raises(InputError, match=r"choices: expected a list of .* got 7"):
+        checked_choices(7)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"choice 0: expected .* got 'p'"):
+        checked_choices(("p", "a", "b"))  # type: ignore[arg-type]
 
 
 def test_options_are_arranged_choice_by_choice() -> None:

@@ -175,6 +175,15 @@ def test_latents_come_from_choices(model: LanguageModel) -> None:
     swapped = [c._replace(chosen=c.rejected, rejected=c.chosen) for c in CHOICES]
     assert (forward - conditioning.infer(model, swapped)).abs().max() > 1e-3
     assert torch.equal(conditioning.infer(model, []), conditioning.encoder.prior)
+    named = [choice._asdict() for choice in CHOICES]
+    assert torch.equal(conditioning.infer(model, named), forward)
+    for bad, message in (
+        (("Why?", "a", []), "choice 1: expected at least one rejected answer"),
+        (("Why?", "a", "a"), "choice 1: chosen and rejected are the same"),
+        (("Why?", "a", ""), "choice 1: expected words as rejected"),
+    ):
+        with pytest.raises(InputError, match=message):
+            conditioning.infer(model, [CHOICES[0], bad])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

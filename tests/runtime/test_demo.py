@@ -15,6 +15,7 @@ from fssa_runtime.cli import main
 from fssa_runtime.conditioning.choices import Choice
 from fssa_runtime.demo import USERS_FILE
 from fssa_runtime.errors import InputError
+from fssa_runtime.training.data import Message
 from fssa_runtime.users.examples import ExampleUser, read_users, write_users
 
 from .conditioned import CHOICES, random_conditioning, small_model
@@ -126,13 +127,34 @@ def test_help_is_there_and_quick(command: list[str]) -> None:
 
 
 def test_users_file_round_trip_and_faults(tmp_path: Path) -> None:
-    write_users(USERS, tmp_path / "u.json")
-    assert read_users(tmp_path / "u.json") == USERS
+    turns = [{"role": "user", "content": "Why?"}]
+    users = [
+        *USERS,
+        ExampleUser("Eve", (Choice(turns, "So.", ("No.", "Hm.")), Choice("Why?", "a", "b"))),
+    ]
+    write_users(users, tmp_path / "u.json")
+    assert read_users(tmp_path / "u.json") == users
+    pairs = Choice((Message("user", "Why?"),), "So.", [[("assistant", "No.")], "Hm."])
+    write_users([ExampleUser("Fay", (pairs,))], tmp_path / "u.json")
+    answers = ([{"role": "assistant", "content": "No."}], "Hm.")
+    assert read_users(tmp_path / "u.json")[0].choices == (Choice(turns, "So.", answers),)
+    good = {"prompt": "p", "chosen": "a", "rejected": "b"}
     for content, message in [
         ("{", "not JSON"),
         ("[]", "at least one"),
         ('[{"name": "x"}]', "user 0"),
         ('[{"name": "x", "choices": []}, {"name": "x", "choices": []}]', "twice"),
+        ('[{"name": null, "choices": []}]', "user 0: name: expected text, got None"),
+        *(
+            (json.dumps([{"name": "x", "choices": [good, {**good, field: value}]}]), message)
+            for field, value, message in [
+                ("prompt", None, "user 0: choice 1: prompt: expected text or chat messages"),
+                ("chosen", ["a", "b"], "user 0: choice 1: chosen: expected text or chat"),
+                ("rejected", ["b", None], "user 0: choice 1: rejected: expected text or chat"),
+                ("rejected", [], "user 0: choice 1: expected at least one rejected answer"),
+                ("rejected", "a", "user 0: choice 1: chosen and rejected are the same"),
+            ]
+        ),
     ]:
         (tmp_path / "bad.json").write_text(content)
         with pytest.raises(InputError, match=message):

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from fssa_runtime.cli import main
 from fssa_runtime.conditioning.checkpoint import Conditioning, load_conditioning
+from fssa_runtime.conditioning.choices import Choice
 from fssa_runtime.errors import InputError
 from fssa_runtime.integrations.lora_export import export_lora
 from fssa_runtime.integrations.lora_import import as_users, read_lora, with_static
@@ -288,6 +289,12 @@ def test_the_commands(
     export = ["export-lora", *base, "--conditioning", str(tmp_path / "c"), "--output", str(adapter)]
     assert main([*export, "--user", "bob"]) == 1
     assert "'bob' is not known: expected one of ana" in capsys.readouterr().err
+    assert not adapter.exists()
+    nothing = ExampleUser("ana", (Choice("Why?", "Because.", []),))
+    write_users([nothing], tmp_path / "nothing.json")
+    bad = ["--user", "ana", "--users-file", str(tmp_path / "nothing.json")]
+    assert main([*export, *bad]) == 1
+    assert "choice 0: expected at least one rejected answer" in capsys.readouterr().err
     assert not adapter.exists()
     assert main([*export, "--user", "ana"]) == 0
     row = conditioning.row(conditioning.infer(model, CHOICES))

@@ -74,14 +74,14 @@ def test_what_a_prompt_may_be(llm: LLM) -> None:
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        ({"role": "user", "content": "hi"}, "prompt: expected text, or a list of chat messages"),
-        (["Hello", "World"], r"prompt: expected text, .* got \['Hello', 'World'\]"),
-        ([("user", "hi", "x")], "prompt: expected text"),
-        ([["user", "hi"]], "prompt: expected text"),
-        ([{"role": "user"}], "prompt: expected text"),
-        ([], r"prompt: expected text, .* got \[\]"),
-        (5, "prompt: expected text, .* got 5"),
-        (None, "prompt: expected text"),
+        ({"role": "user", "content": "hi"}, "prompt: expected text or chat messages"),
+        (["Hello", "World"], r"prompt: expected text or chat messages, got \['Hello', 'World'\]"),
+        ([("user", "hi", "x")], "prompt: expected text or chat"),
+        ([["user", "hi"]], "prompt: expected text or chat"),
+        ([{"role": "user"}], "prompt: expected text or chat"),
+        ([], r"prompt: expected text or chat messages, got \[\]"),
+        (5, "prompt: expected text or chat messages, got 5"),
+        (None, "prompt: expected text or chat"),
         ([{"role": "user", "content": None}], "prompt: message 0: content: expected .* got None"),
         ([{"role": 1, "content": "hi"}], "prompt: message 0: role: expected text, got 1"),
         (
@@ -134,6 +134,13 @@ def test_a_user_is_inferred_learns_and_is_forgotten(llm: LLM) -> None:
     assert "cy" not in llm.users
     with pytest.raises(InputError, match="user 'cy' is not known"):
         logprobs(llm, "cy")
+
+
+def test_a_choice_may_be_a_mapping(llm: LLM) -> None:
+    """What is learnt is in its values: its keys are words, too, and the same for everybody."""
+    named = llm.users.infer("cy", [choice._asdict() for choice in CHOICES])
+    assert named.choices == CHOICES
+    assert torch.equal(named.latent, llm.users.infer("dan", CHOICES).latent)
 
 
 def test_a_new_choice_is_all_that_is_read(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,7 +241,9 @@ def test_what_cannot_be_served_is_said_before_anything_runs(
         ("eve", [("Why?", "Yes.", ["No.", "Yes."])], "choice 0: chosen and rejected are the same"),
         ("eve", [("Why?", "Yes.", ["No.", "No."])], "choice 0: an answer was rejected twice"),
         ("eve", [("Why?", "Yes.", ["No.", ""])], "choice 0: expected words as rejected, got ''"),
-        ("eve", [("Why?", "Yes.", None)], "choice 0: expected .prompt, chosen, rejected"),
+        ("eve", [("Why?", "Yes.", None)], "choice 0: rejected: expected text or chat messages"),
+        ("eve", [("Why?", None, "No.")], "choice 0: chosen: expected text or chat messages"),
+        ("eve", [{"prompt": "Why?", "chosen": "a"}], "choice 0: expected .prompt, chosen, rej"),
         ("eve", [("Why?", "Because.", "why " * 20000)], "an option has .* tokens, the model holds"),
     ],
 )

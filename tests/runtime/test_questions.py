@@ -130,6 +130,8 @@ def test_a_trained_reward_can_be_asked():
 def test_bad_input_is_named():
     with pytest.raises(InputError, match="candidates: expected at least one pair"):
         suggest_next_pair(reward(True), embed, [], [])
+    with pytest.raises(InputError, match="choice 0: chosen and rejected are the same"):
+        suggest_next_pair(reward(True), embed, [("p", "a", "a")], CANDIDATES)
     with pytest.raises(InputError, match="candidates: pair 1: both answers are the same"):
         suggest_next_pair(reward(True), embed, [], [("p", "a", "b"), ("p", "a", "a")])
     with pytest.raises(InputError, match="expected a model with a stochastic encoder"):
