@@ -106,9 +106,11 @@ class Conditioning:
         """The table row ``[W]`` of a latent ``z [Z]``; ``factors`` pieces, being data, are zero.
 
         Raises:
-            InputError: NaN, infinity, or the wrong length.
+            InputError: no tensor, NaN, infinity, or the wrong length.
         """
         expected = self.modulator.config.latent_dim
+        if not isinstance(z, torch.Tensor):
+            raise InputError(f"latent: expected a tensor [{expected}], got {type(z).__name__}")
         if z.shape != (expected,):
             raise InputError(f"latent: expected shape [{expected}], got {list(z.shape)}")
         if not torch.isfinite(z).all():

@@ -105,8 +105,7 @@ class Users:
         max_tokens: int = MAX_BATCH_TOKENS,
     ) -> Steps[User]:
         """As `infer`, ``max_tokens`` tokens of the options at a time."""
-        if not name:
-            raise InputError("a user needs a name, got an empty one")
+        _check_name(name)
         nobody = prior_belief(self._need().encoder)
         return (yield from self._learn(name, (), nobody, choices, max_tokens))
 
@@ -175,12 +174,12 @@ class Users:
         return (yield from suggestion_steps(self._model, asked, choices, candidates, max_tokens))
 
     def set_latent(self, name: str, latent: torch.Tensor) -> User:
-        """Know a user by a latent ``z [Z]`` and no choices.
+        """Know a user by a latent ``z [Z]`` and no choices; a copy of it is kept.
 
         Raises:
-            InputError: NaN or infinity, or the wrong length.
+            InputError: no name, no tensor, NaN or infinity, or the wrong length.
         """
-        self._need()
+        _check_name(name)
         return self._keep(name, (), latent, None)
 
     def delete(self, name: str) -> None:
@@ -230,6 +229,14 @@ class Users:
     def _keep(
         self, name: str, choices: tuple[Choice, ...], latent: torch.Tensor, belief: Belief | None
     ) -> User:
-        user = User(name, choices, latent, self._need().blend([(1.0, latent)]), belief)
+        weights = self._need().blend([(1.0, latent)])
+        user = User(name, choices, latent.detach().float().cpu().clone(), weights, belief)
         self._users[name] = user
         return user
+
+
+def _check_name(name: object) -> None:
+    if not isinstance(name, str):
+        raise InputError(f"a user's name: expected text, got {type(name).__name__}")
+    if not name:
+        raise InputError("a user needs a name, got an empty one")

@@ -233,6 +233,7 @@ def test_what_cannot_be_served_is_said_before_anything_runs(
     ("name", "choices", "message"),
     [
         ("", CHOICES, "a user needs a name"),
+        (7, CHOICES, "a user's name: expected text, got int"),
         ("eve", [("Why?", "Because.", "Because.")], "choice 0: chosen and rejected are the same"),
         ("eve", [CHOICES[0], ("Why?", "Because.")], "choice 1: expected .prompt, chosen, rejected"),
         ("eve", [7], "choice 0: expected"),
@@ -251,6 +252,32 @@ def test_bad_choices_store_nothing(llm: LLM, name: str, choices: list, message: 
     with pytest.raises(InputError, match=message):
         llm.users.infer(name, choices)
     assert name not in llm.users
+
+
+def test_a_latent_is_kept_as_it_was_given(llm: LLM) -> None:
+    """A user's own weights and their part of a mixture come from the same latent."""
+    given = torch.ones(LATENT_DIM, dtype=torch.float64, requires_grad=True)
+    kept = llm.users.set_latent("cy", given)
+    with torch.no_grad():
+        given.mul_(-3)
+    assert torch.equal(kept.latent, torch.ones(LATENT_DIM))
+    assert not kept.latent.requires_grad
+    assert logprobs(llm, "cy") == logprobs(llm, {"cy": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("name", "latent", "message"),
+    [
+        ("", torch.zeros(LATENT_DIM), "a user needs a name, got an empty one"),
+        (7, torch.zeros(LATENT_DIM), "a user's name: expected text, got int"),
+        ("eve", [0.0] * LATENT_DIM, r"latent: expected a tensor \[5\], got list"),
+        ("eve", torch.zeros(LATENT_DIM + 1), r"latent: expected shape \[5\], got \[6\]"),
+    ],
+)
+def test_bad_latents_store_nothing(llm: LLM, name: str, latent: torch.Tensor, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        llm.users.set_latent(name, latent)
+    assert list(llm.users) == ["ana", "ben"]
 
 
 def test_one_thread_at_a_time(llm: LLM) -> None:
