@@ -215,7 +215,10 @@ class AsyncEngine:
         return await asyncio.wrap_future(job.future)
 
     async def close(self, *, drain: bool = False) -> None:
-        """End the thread; requests in flight are finished first (``drain``) or fail."""
+        """End the thread; requests in flight are finished first (``drain``) or fail.
+
+        While it waits for them, another call without ``drain`` fails what is left.
+        """
         await asyncio.to_thread(self._close, drain)
 
     async def __aenter__(self) -> AsyncEngine:
@@ -366,11 +369,10 @@ class AsyncEngine:
 
     def _close(self, drain: bool) -> None:
         with self._wake:
-            if not self._closing:
-                if not drain:
-                    self._messages.append(lambda: self._stop(EngineError("the engine was closed")))
-                self._closing = True
-                self._wake.notify()
+            self._closing = True
+            if not drain:
+                self._messages.append(lambda: self._stop(EngineError("the engine was closed")))
+            self._wake.notify()
         self._thread.join()
         with self._wake:
             if self.llm.served_by is self:

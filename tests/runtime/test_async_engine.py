@@ -387,3 +387,23 @@ def test_closing(llm: LLM) -> None:
         assert llm.generate(["Why?"], progress=False)
 
     run(test)
+
+
+def test_closing_at_once_cuts_a_drain_short(llm: LLM) -> None:
+    async def test() -> None:
+        engine = AsyncEngine(llm)
+        streams = [engine.stream("Why?", sampling=LONG) for _ in range(40)]
+        for stream in streams:
+            await stream.start()
+        await streams[0].__anext__()
+        draining = asyncio.create_task(engine.close(drain=True))
+        while not engine._closing:
+            await asyncio.sleep(0.01)
+        await engine.close()
+        await draining
+        assert not llm.engine.in_use.locked()
+        with pytest.raises(EngineError, match="the engine was closed"):
+            async for _ in streams[-1]:  # it waited for a row
+                pass
+
+    run(test)
