@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -149,7 +149,8 @@ class LLM:
             prompts: a list of them; text alone is a list of one.
             users: whose weights write: a name, a mixture ``{"ana": 0.7, "ben": 0.3}``, weights, or
                 None for the base model's; one for all prompts or a list with one for each.
-            sampling: one for all prompts or one for each; None is `default_sampling`.
+            sampling: one for all prompts or one for each; None is `default_sampling`, shortened
+                where there is less room for an answer.
             n: answers to each prompt.
             best_of: answers that are written to each, of which the n likeliest are returned.
             progress: show a bar, if standard error is a terminal.
@@ -204,11 +205,21 @@ class LLM:
         priority: int = 0,
         timeout: float | None = None,
     ) -> Request:
-        """A prompt as a request in tokens; what the rest means stands in `Request`."""
+        """A prompt as a request in tokens; what the rest means stands in `Request`.
+
+        Without ``sampling`` it is `default_sampling`, and as many tokens of that as there is room
+        for: nobody asked for more.
+        """
+        tokens = self.model.chat_tokens(prompt)
+        if sampling is None:
+            sampling = self.default_sampling
+            room = max(1, self.engine.room_after(len(tokens)))
+            if sampling.max_tokens is not None and sampling.max_tokens > room:
+                sampling = replace(sampling, max_tokens=room)
         return Request(
-            self.model.chat_tokens(prompt),
+            tokens,
             self.users.weights(user),
-            self.default_sampling if sampling is None else sampling,
+            sampling,
             forced_tokens,
             n=n,
             best_of=best_of,

@@ -165,6 +165,12 @@ class Engine:
         self._check_values(request)
         self.scheduler.check_stream(self._stream(request, parent=None))
 
+    def room_after(self, num_tokens: int) -> int:
+        """Tokens of an answer that fit after a prompt of so many; below 1 if none does."""
+        # The last token is written but never computed.
+        cached = self.cache.num_pages * self.cache.page_size + 1
+        return min(self.decoder.config.max_positions, cached) - num_tokens
+
     def abort(self, number: int) -> bool:
         """Drop a request, its pages and its slot; False if it is finished or unknown."""
         request = self._in_flight.get(number)
@@ -341,11 +347,7 @@ class Engine:
             return len(request.forced_tokens)
         if request.sampling.max_tokens is not None:
             return request.sampling.max_tokens
-        # As many as fit; the last token is written but never computed.
-        room = min(
-            self.decoder.config.max_positions, self.cache.num_pages * self.cache.page_size + 1
-        )
-        return max(1, room - len(request.prompt_tokens))
+        return max(1, self.room_after(len(request.prompt_tokens)))
 
     def _run(self, plan: Plan) -> list[tuple[Piece, Chosen]]:
         """Compute the plan's step; for every piece what was chosen after its last token."""

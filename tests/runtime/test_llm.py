@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 import threading
@@ -177,6 +178,22 @@ def test_sampling_for_each_prompt(llm: LLM) -> None:
         PROMPTS, "ben", [SamplingParams(max_tokens=n) for n in lengths], progress=False
     )
     assert [len(output.answers[0].tokens) for output in outputs] == lengths
+
+
+def test_what_a_model_recommends_refuses_no_prompt(model: LanguageModel) -> None:
+    """Its length is shortened to the room there is; one that was asked for is not."""
+    recommended = SamplingParams(max_tokens=480, ignore_eos=True)
+    for limits, room in (({}, 512), ({"max_kv_tokens": 160}, 161)):
+        llm = LLM(dataclasses.replace(model, default_sampling=recommended), **limits)
+        prompt = "x" * 100
+        num_tokens = len(llm.request(prompt).prompt_tokens)
+        (output,) = llm.generate([prompt], progress=False)
+        assert len(output.answers[0].tokens) == min(480, room - num_tokens)
+        with pytest.raises(InputError, match="prompt and answer need"):
+            llm.generate([prompt], sampling=recommended, progress=False)
+        with pytest.raises(InputError, match="prompt and answer need"):
+            llm.generate(["x" * 600], progress=False)  # not one token fits
+    assert llm.request("Why?").sampling.max_tokens == 161 - len(b"user: Why?\nassistant: ")
 
 
 def test_one_may_be_preferred_to_several(llm: LLM) -> None:
