@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from .completions import Gathering
+from .errors import EngineError
 from .request import Completion, FinishReason, PromptToken, Request, Token
 
 if TYPE_CHECKING:
@@ -100,31 +101,43 @@ class AnswerStream:
         self._error: BaseException | None = None
         self._over = False
         self._ticket: Ticket | None = None
+        self._starting = asyncio.Lock()  # a check may wait, and a request begins only once
 
     async def start(self) -> None:
-        """Begin, if it has not begun.
+        """Begin, if it has neither begun nor been dropped.
 
         Raises:
             InputError: it can never run, or another request of its id is in flight.
             OverloadedError: there are too many requests.
             EngineError: the engine is closed.
         """
-        if self._ticket is None:
+        async with self._starting:
+            if self._ticket is not None or self._over:
+                return
             if self.request.sampling.grammar is not None:  # may take a second to compile
                 await asyncio.to_thread(self._engine.llm.engine.check, self.request)
             else:
                 self._engine.llm.engine.check(self.request)
-            self._ticket = self._engine.submit(self)
+            if not self._over:  # it may have been dropped meanwhile
+                self._ticket = self._engine.submit(self)
 
     def abort(self) -> None:
-        """Drop the request. Parts that have come already can be read; none follow."""
-        if self._ticket is not None and not self._over:
-            self._engine.drop(self._ticket)
+        """Drop the request, begun or not. Parts that have come can be read; none follow."""
+        if not self._over:
+            if self._ticket is not None:
+                self._engine.drop(self._ticket)
             self._end(None)
 
     @property
     def completions(self) -> list[Completion]:
-        """All answers, once they have ended; see `Gathering.completions`."""
+        """All answers, once they have ended; see `Gathering.completions`.
+
+        Raises:
+            EngineError: they go on, or were dropped before their end.
+        """
+        if not self._gathering.done:
+            state = "was dropped" if self._over else "goes on"
+            raise EngineError(f"the request {state}: its answers have no end") from self._error
         return self._gathering.completions()
 
     def __aiter__(self) -> AnswerStream:
@@ -176,7 +189,7 @@ class AnswerStream:
 
     def _end(self, error: BaseException | None) -> None:
         """In the event loop: nothing will follow."""
-        assert self._ticket is not None
         self._error, self._over = error, True
-        self._engine.release(self._ticket)
+        if self._ticket is not None:
+            self._engine.release(self._ticket)
         self._news.set()

@@ -12,4 +12,4 @@ class OverloadedError(RuntimeError):
 
 
 class EngineError(RuntimeError):
-    """A step failed, for no fault of the request that is told so."""
+    """No answer, for no fault of the request: a step failed, it was dropped, all is closed."""

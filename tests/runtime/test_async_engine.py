@@ -243,6 +243,53 @@ def test_request_ids(llm: LLM) -> None:
     run(test)
 
 
+def test_a_request_begins_once(llm: LLM) -> None:
+    """Though two ask for it while its grammar is compiled."""
+    sampling = SamplingParams(max_tokens=400, regex="(a|b){300}")
+
+    async def test() -> None:
+        async with serving(llm) as engine:
+            stream = engine.stream("Why?", sampling=sampling)
+            await asyncio.gather(stream.start(), stream.start())
+            assert len(engine) == 1
+            stream.abort()
+            assert len(engine) == 0
+
+    run(test)
+
+
+def test_a_request_that_is_dropped_before_it_begins(llm: LLM) -> None:
+    async def test() -> None:
+        async with serving(llm) as engine:
+            for sampling in (LONG, SamplingParams(regex="(a|b){300}")):
+                stream = engine.stream("Why?", sampling=sampling)
+                stream.abort()
+                assert [part async for part in stream] == []
+                stream = engine.stream("Why?", sampling=sampling)
+                starting = asyncio.create_task(stream.start())
+                await asyncio.sleep(0)
+                stream.abort()
+                await starting
+                assert [part async for part in stream if part.finish_reason] == []
+                assert len(engine) == 0
+
+    run(test)
+
+
+def test_answers_that_have_not_ended(llm: LLM) -> None:
+    async def test() -> None:
+        async with serving(llm) as engine:
+            stream = engine.stream("Why?", sampling=LONG)
+            with pytest.raises(EngineError, match="the request goes on: its answers have no end"):
+                _ = stream.completions
+            await stream.start()
+            stream.abort()
+            with pytest.raises(EngineError, match="the request was dropped"):
+                _ = stream.completions
+
+    run(test)
+
+
 def test_bad_requests_cost_nothing(llm: LLM) -> None:
     async def test() -> None:
         async with serving(llm) as engine:
