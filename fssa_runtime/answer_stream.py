@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from .completions import Gathering
+from .engine.grammar import Grammar
 from .errors import EngineError
 from .request import Completion, FinishReason, PromptToken, Request, Token
 
@@ -68,6 +69,7 @@ class Ticket:
     """
 
     request: Request
+    grammar: Grammar | None
     request_id: str | None
     deliver: Callable[[Sequence[Token]], None]
     fail: Callable[[BaseException], None]
@@ -114,12 +116,13 @@ class AnswerStream:
         async with self._starting:
             if self._ticket is not None or self._over:
                 return
+            check = self._engine.llm.engine.check
             if self.request.sampling.grammar is not None:  # may take a second to compile
-                await asyncio.to_thread(self._engine.llm.engine.check, self.request)
+                grammar = await asyncio.to_thread(check, self.request)
             else:
-                self._engine.llm.engine.check(self.request)
+                grammar = check(self.request)
             if not self._over:  # it may have been dropped meanwhile
-                self._ticket = self._engine.submit(self)
+                self._ticket = self._engine.submit(self, grammar)
 
     def abort(self) -> None:
         """Drop the request, begun or not. Parts that have come can be read; none follow."""

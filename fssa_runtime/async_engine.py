@@ -22,6 +22,7 @@ from .answer_stream import AnswerStream, Ticket
 from .conditioning.choices import ChoiceLike
 from .conditioning.embedding import Steps
 from .conditioning.questions import Candidate, Suggestion
+from .engine.grammar import Grammar
 from .errors import EngineError, InputError, OverloadedError
 from .llm import LLM, Output
 from .models.messages import Content
@@ -232,7 +233,7 @@ class AsyncEngine:
     ) -> None:
         await self.close(drain=error is None)
 
-    def submit(self, stream: AnswerStream) -> Ticket:
+    def submit(self, stream: AnswerStream, grammar: Grammar | None) -> Ticket:
         """Let a request in, from the event loop that reads it; what `AnswerStream.start` calls."""
         loop = asyncio.get_running_loop()
         reader = weakref.ref(stream)
@@ -250,6 +251,7 @@ class AsyncEngine:
 
         ticket = Ticket(
             stream.request,
+            grammar,
             stream.request_id,
             lambda events: tell("_take", events),
             lambda error: tell("_end", error),
@@ -339,7 +341,7 @@ class AsyncEngine:
         if ticket.ended:  # aborted before it was added
             return
         try:
-            ticket.number = self.llm.engine.add(ticket.request)
+            ticket.number = self.llm.engine.add(ticket.request, ticket.grammar)
         except Exception as error:
             ticket.fail(error)
             return

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from .checks import require_int, require_number
+from .checks import require_int, require_ints, require_number
 from .conditioning.user_weights import UserWeights
 from .errors import InputError
 from .sampling import GREEDY, SamplingParams
@@ -67,6 +67,21 @@ class Request:
     def num_answers(self) -> int:
         """Answers that are written."""
         return self.n if self.best_of is None else self.best_of
+
+    def check_tokens(self, vocab_size: int) -> None:
+        """Raise InputError unless all its tokens are of a vocabulary of this size."""
+        named: tuple[tuple[str, Iterable[int]], ...] = (
+            ("prompt tokens", self.prompt_tokens),
+            ("forced tokens", self.forced_tokens or ()),
+            ("tokens of logit_bias", self.sampling.logit_bias),
+            ("stop_token_ids", self.sampling.stop_token_ids),
+        )
+        for name, tokens in named:
+            require_ints(name, tokens)
+            if not all(0 <= token < vocab_size for token in tokens):
+                raise InputError(f"{name} must be in 0..{vocab_size - 1}")
+        if self.forced_tokens is not None and not self.forced_tokens:
+            raise InputError("forced_tokens must be None or hold at least one token")
 
 
 class PromptToken(NamedTuple):

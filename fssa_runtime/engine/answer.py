@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from ..request import PromptToken, Request
 from .edits import Edits
+from .grammar import Grammar
 from .scheduler import Piece
 from .step_inputs import Row
 from .stream import Stream
@@ -14,6 +15,15 @@ from .text import TextStream
 
 # In float32 a number just below 1 would become 1, which no sum passes.
 _MAX_UNIFORM = 1 - 2**-24
+
+
+@dataclass(eq=False)
+class InFlight:
+    """A request and those of its answers that are not finished; ``grammar`` is what they obey."""
+
+    asked: Request
+    grammar: Grammar | None
+    answers: dict[int, Answer] = field(default_factory=dict)
 
 
 @dataclass(eq=False)

@@ -11,12 +11,10 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from ..checks import require_ints
 from ..completions import Gathering
 from ..conditioning.modulation import Modulation
 from ..conditioning.table import ModulationTable
@@ -24,9 +22,9 @@ from ..conditioning.user_weights import UserWeights
 from ..errors import InputError
 from ..models.decoder import Decoder
 from ..request import Completion, FinishReason, Request, Token
-from .answer import Answer
+from .answer import Answer, InFlight
 from .edits import Edits
-from .grammar import Grammars
+from .grammar import Grammar, Grammars
 from .kv_cache import KVCache
 from .page_pool import PagePool
 from .runner import Chosen, Runner
@@ -34,14 +32,6 @@ from .scheduler import Piece, Plan, Scheduler
 from .slots import SlotCache, require_slots
 from .stream import Stream
 from .text import Detokenizer
-
-
-@dataclass(eq=False)
-class _InFlight:
-    """A request and those of its answers that are not finished."""
-
-    asked: Request
-    answers: dict[int, Answer] = field(default_factory=dict)
 
 
 class Engine:
@@ -130,7 +120,7 @@ class Engine:
             self._grammars = Grammars(tokenizer, decoder.config.vocab_size, stop_tokens)
         self.in_use = threading.Lock()
         self._clock = clock
-        self._in_flight: dict[int, _InFlight] = {}
+        self._in_flight: dict[int, InFlight] = {}
         self._answers: dict[Stream, Answer] = {}
         self._next_request = 0
 
@@ -142,28 +132,32 @@ class Engine:
         """Whether the request of this number is not finished."""
         return number in self._in_flight
 
-    def add(self, request: Request) -> int:
+    def add(self, request: Request, grammar: Grammar | None = None) -> int:
         """Let a request wait for its turn; a number to know it by.
+
+        ``grammar``: the request's, from `check`; without it what the request asks for is compiled.
 
         Raises:
             InputError: it can never run; nothing is kept of it.
         """
         self._check_values(request)
+        in_flight = InFlight(request, grammar or self._grammar(request))
         number = self._next_request
-        answer = self._answer(number, request, 0, parent=None)
+        answer = self._answer(number, in_flight, 0, parent=None)
         self.scheduler.add(answer.stream)
         self._next_request += 1
-        self._in_flight[number] = _InFlight(request, {0: answer})
-        self._answers[answer.stream] = answer
+        self._in_flight[number] = in_flight
+        self._keep(answer)
         return number
 
-    def check(self, request: Request) -> None:
-        """Raise InputError if a request could never run. Its grammar is compiled by this.
+    def check(self, request: Request) -> Grammar | None:
+        """Raise InputError if a request could never run. Its grammar, compiled, if it has one.
 
         May be called by other threads while a step runs, so that a grammar holds nobody up.
         """
         self._check_values(request)
         self.scheduler.check_stream(self._stream(request, parent=None))
+        return self._grammar(request)
 
     def room_after(self, num_tokens: int) -> int:
         """Tokens of an answer that fit after a prompt of so many; below 1 if none does."""
@@ -289,29 +283,22 @@ class Engine:
         return [gathering.completions() for gathering in gathered]
 
     def _check_values(self, request: Request) -> None:
-        vocab_size = self.decoder.config.vocab_size
-        sampling = request.sampling
-        for name, tokens in (
-            ("prompt tokens", request.prompt_tokens),
-            ("forced tokens", request.forced_tokens or ()),
-            ("tokens of logit_bias", sampling.logit_bias),
-            ("stop_token_ids", sampling.stop_token_ids),
-        ):
-            require_ints(name, tokens)
-            if not all(0 <= token < vocab_size for token in tokens):
-                raise InputError(f"{name} must be in 0..{vocab_size - 1}")
-        if request.forced_tokens is not None and not request.forced_tokens:
-            raise InputError("forced_tokens must be None or hold at least one token")
+        request.check_tokens(self.decoder.config.vocab_size)
         if request.user is not None:
             if self.slots is None:
                 raise InputError("the request is a user's, but the engine has no modulation")
             self.slots.check_weights(request.user)
-        if self._grammars is None and (sampling.stop or sampling.grammar):
+        if self._grammars is None and (request.sampling.stop or request.sampling.grammar):
             raise InputError("stop strings and grammars need an engine with a tokenizer")
-        if self._grammars is not None and sampling.grammar is not None:
-            self._grammars.matcher(sampling.grammar)
 
-    def _answer(self, number: int, request: Request, index: int, parent: Stream | None) -> Answer:
+    def _grammar(self, request: Request) -> Grammar | None:
+        asked = request.sampling.grammar
+        return None if asked is None or self._grammars is None else self._grammars.compiled(asked)
+
+    def _answer(
+        self, number: int, in_flight: InFlight, index: int, parent: Stream | None
+    ) -> Answer:
+        request, grammar = in_flight.asked, in_flight.grammar
         sampling = request.sampling
         stop_tokens = frozenset(sampling.stop_token_ids)
         if not sampling.ignore_eos:
@@ -320,9 +307,7 @@ class Engine:
         if request.forced_tokens is not None:
             stop_tokens = frozenset()
         elif sampling.edits_logits:
-            matcher = None
-            if self._grammars is not None and sampling.grammar is not None:
-                matcher = self._grammars.matcher(sampling.grammar)
+            matcher = None if grammar is None else grammar.matcher()
             edits = Edits(sampling, request.prompt_tokens, stop_tokens, matcher)
         if self._detokenizer is not None:
             text = self._detokenizer.stream(sampling.stop)
@@ -408,12 +393,16 @@ class Engine:
 
     def _fork(self, first: Answer) -> None:
         """The prompt is computed: the other answers begin, on the same pages."""
+        in_flight = self._in_flight[first.request]
         for index in range(1, first.asked.num_answers):
-            answer = self._answer(first.request, first.asked, index, parent=first.stream)
+            answer = self._answer(first.request, in_flight, index, parent=first.stream)
             answer.stream.deadline = first.stream.deadline
             self.scheduler.add(answer.stream)
-            self._in_flight[first.request].answers[index] = answer
-            self._answers[answer.stream] = answer
+            self._keep(answer)
+
+    def _keep(self, answer: Answer) -> None:
+        self._in_flight[answer.request].answers[answer.index] = answer
+        self._answers[answer.stream] = answer
 
     def _fail(self, answer: Answer, error: str) -> Token:
         """End an answer that cannot go on; the others of its request go on, or fail themselves."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,18 @@ class Matcher:
         return self._matcher.is_stopped()
 
 
+class Grammar:
+    """A compiled grammar, which any number of answers begin with."""
+
+    def __init__(self, compiled: Any, vocab_size: int) -> None:
+        self._compiled = compiled
+        self._vocab_size = vocab_size
+
+    def matcher(self) -> Matcher:
+        """A matcher at its beginning."""
+        return Matcher(self._compiled.deep_copy(), self._vocab_size)
+
+
 class Grammars:
     """Compiles grammars for one model's tokens, and keeps them.
 
@@ -56,43 +69,55 @@ class Grammars:
         tokenizer: of the `tokenizers` library. vocab_size: columns of the logits.
         stop_tokens: tokens that may end a text.
 
-    Safe to use from several threads.
+    Safe to use from several threads: who asks for a grammar that another thread is compiling waits
+    for that one, and for no other.
     """
 
     def __init__(self, tokenizer: Any, vocab_size: int, stop_tokens: Iterable[int]) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._stop_tokens = sorted(stop_tokens)
-        self._lock = threading.Lock()
+        self._making_tokens = threading.Lock()
         self._tokens: Any = None
-        self._kept: OrderedDict[tuple[str, str], Any] = OrderedDict()
+        self._lock = threading.Lock()  # of what is kept; nothing is compiled under it
+        self._kept: OrderedDict[tuple[str, str], Future[Grammar]] = OrderedDict()
 
-    def matcher(self, grammar: tuple[str, str]) -> Matcher:
-        """A matcher at the beginning of a grammar, given as (kind, text).
+    def compiled(self, grammar: tuple[str, str]) -> Grammar:
+        """A grammar, given as (kind, text).
 
         Raises:
             InputError: it cannot be compiled, and why.
         """
         with self._lock:
-            compiled = self._kept.get(grammar)
-            if compiled is None:
-                compiled = self._compile(*grammar)
-                self._kept[grammar] = compiled
+            found = self._kept.get(grammar)
+            if found is not None:
+                self._kept.move_to_end(grammar)
+            else:
+                mine = self._kept[grammar] = Future()
                 if len(self._kept) > _MAX_KEPT:
                     self._kept.popitem(last=False)
-            self._kept.move_to_end(grammar)
-            return Matcher(compiled.deep_copy(), self._vocab_size)
+        if found is not None:
+            return found.result()
+        try:
+            mine.set_result(self._compile(*grammar))
+        except BaseException as error:
+            mine.set_exception(error)
+            with self._lock:
+                if self._kept.get(grammar) is mine:
+                    del self._kept[grammar]
+        return mine.result()
 
-    def _compile(self, kind: str, text: str) -> Any:
+    def _compile(self, kind: str, text: str) -> Grammar:
         from llguidance import LLMatcher, LLTokenizer
 
-        if self._tokens is None:  # takes about a second: not before it is wanted
-            copy = type(self._tokenizer).from_str(self._tokenizer.to_str())
-            copy.no_padding()
-            copy.no_truncation()
-            self._tokens = LLTokenizer(
-                copy.to_str(), n_vocab=self._vocab_size, eos_token=self._stop_tokens
-            )
+        with self._making_tokens:
+            if self._tokens is None:  # takes about a second: not before it is wanted
+                copy = type(self._tokenizer).from_str(self._tokenizer.to_str())
+                copy.no_padding()
+                copy.no_truncation()
+                self._tokens = LLTokenizer(
+                    copy.to_str(), n_vocab=self._vocab_size, eos_token=self._stop_tokens
+                )
         make: dict[str, Callable[[str], str]] = {
             "json_schema": LLMatcher.grammar_from_json_schema,
             "regex": LLMatcher.grammar_from_regex,
@@ -106,7 +131,7 @@ class Grammars:
         if is_wrong:
             raise InputError(f"{kind}: {_first_line(messages[0])}")
         # Errors are ours to report: by itself it writes them to standard error, too.
-        return LLMatcher(self._tokens, grammar, log_level=0)
+        return Grammar(LLMatcher(self._tokens, grammar, log_level=0), self._vocab_size)
 
 
 def _first_line(message: str) -> str:

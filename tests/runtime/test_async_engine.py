@@ -13,6 +13,7 @@ import torch
 
 from fssa_runtime import LLM, AsyncEngine, SamplingParams
 from fssa_runtime.answer_stream import Part
+from fssa_runtime.engine.grammar import Grammar, Grammars
 from fssa_runtime.errors import EngineError, InputError, OverloadedError
 from fssa_runtime.models.language_model import LanguageModel
 
@@ -254,6 +255,29 @@ def test_a_request_begins_once(llm: LLM) -> None:
             assert len(engine) == 1
             stream.abort()
             assert len(engine) == 0
+
+    run(test)
+
+
+def test_no_grammar_is_compiled_in_the_engine_s_thread(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However few are kept of those that others asked for meanwhile."""
+    monkeypatch.setattr("fssa_runtime.engine.grammar._MAX_KEPT", 0)
+    compile_, threads = Grammars._compile, []
+
+    def noted(grammars: Grammars, kind: str, text: str) -> Grammar:
+        threads.append(threading.current_thread().name)
+        return compile_(grammars, kind, text)
+
+    monkeypatch.setattr(Grammars, "_compile", noted)
+
+    async def test() -> None:
+        async with serving(llm) as engine:
+            output = await engine.generate("Why?", sampling=SamplingParams(regex="(a|b){9}"), n=3)
+            assert [len(answer.text) for answer in output.answers] == [9] * 3
+        assert len(threads) == 1
+        assert threads[0] != "fssa-engine"
 
     run(test)
 

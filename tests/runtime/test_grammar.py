@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
+from fssa_runtime.completions import Gathering
 from fssa_runtime.engine.engine import Engine
-from fssa_runtime.engine.grammar import Grammars
+from fssa_runtime.engine.grammar import Grammar, Grammars
 from fssa_runtime.errors import InputError
 from fssa_runtime.models.language_model import LanguageModel
 from fssa_runtime.request import Completion, Request
@@ -106,8 +109,64 @@ def test_few_are_kept(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> 
     grammars = Grammars(model.copy_tokenizer(), model.decoder.config.vocab_size, {257})
     for letter in "abcab":
         logits = torch.zeros(model.decoder.config.vocab_size)
-        grammars.matcher(("regex", letter)).rule_out(logits)
+        grammars.compiled(("regex", letter)).matcher().rule_out(logits)
         assert (logits == 0).nonzero().flatten().tolist() == [
             model.tokenizer(letter)["input_ids"][0]
         ]
     assert len(grammars._kept) == 2
+
+
+def test_nobody_waits_for_another_s_grammar(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And who asks for one that is being compiled waits for that, instead of compiling it too."""
+    grammars = Grammars(model.copy_tokenizer(), model.decoder.config.vocab_size, {257})
+    compile_, begun, go_on = grammars._compile, threading.Event(), threading.Event()
+    compiled = []
+
+    def slow(kind: str, text: str) -> Grammar:
+        compiled.append(text)
+        if text == "slow":
+            begun.set()
+            assert go_on.wait(60)
+        return compile_(kind, text)
+
+    monkeypatch.setattr(grammars, "_compile", slow)
+    quick = grammars.compiled(("regex", "quick"))
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(grammars.compiled, ("regex", "slow"))
+        try:
+            assert begun.wait(60)
+            second = pool.submit(grammars.compiled, ("regex", "slow"))
+            assert pool.submit(grammars.compiled, ("regex", "quick")).result(60) is quick
+            pool.submit(grammars.compiled, ("regex", "another")).result(60)
+            assert not first.done()
+        finally:
+            go_on.set()
+        assert first.result(60) is second.result(60)
+    assert compiled == ["quick", "slow", "another"]
+
+
+def test_a_grammar_that_failed_is_tried_again(model: LanguageModel) -> None:
+    grammars = Grammars(model.copy_tokenizer(), model.decoder.config.vocab_size, {257})
+    for _ in range(2):
+        with pytest.raises(InputError, match="regex: "):
+            grammars.compiled(("regex", "("))
+    assert not grammars._kept
+
+
+def test_what_was_checked_is_not_compiled_again(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither where the request is added nor where its other answers begin, kept or not."""
+    sampling = SamplingParams(temperature=1.0, seed=3, max_tokens=100, regex="[a-f]{3}")
+    request = Request(list(b"Why?"), sampling=sampling, n=3)
+    grammar = engine.check(request)
+    gathering = Gathering(request)
+    monkeypatch.setattr(engine, "_grammars", Grammars(None, 0, ()))
+    engine.add(request, grammar)
+    while len(engine):
+        for event in engine.step():
+            gathering.take(event)
+    for answer in gathering.completions():
+        assert re.fullmatch("[a-f]{3}", answer.text)
