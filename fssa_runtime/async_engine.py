@@ -40,9 +40,20 @@ class Job:
         self.future: concurrent.futures.Future[Any] = concurrent.futures.Future()
         self._make = make
         self._steps: Steps[Any] | None = None
+        self._dropped = False
+
+    def drop(self) -> None:
+        """From any thread: nobody waits for it any more, so that no further piece is done."""
+        self._dropped = True
 
     def advance(self) -> bool:
         """Do a piece; whether it was the last, or nobody waits for it any more."""
+        if self._dropped:
+            if self._steps is not None:
+                self._steps.close()
+            if not self.future.cancel():  # it runs
+                self.future.set_exception(concurrent.futures.CancelledError())
+            return True
         if self._steps is None:
             if not self.future.set_running_or_notify_cancel():
                 return True
@@ -68,13 +79,16 @@ class AsyncEngine:
         llm: the model, its users and its engine; as long as this one is open nobody else may run
             that engine. Steps run on as many threads as torch has here, which `LLM` chose.
         max_requests: in flight at most, waiting ones included; more are refused.
+        max_jobs: changes of users, and the like, that wait or are under way at most; more are
+            refused.
 
     Methods may be called from any number of event loops.
     """
 
-    def __init__(self, llm: LLM, *, max_requests: int = 4096) -> None:
-        if max_requests < 1:
-            raise ValueError(f"max_requests: expected at least 1, got {max_requests}")
+    def __init__(self, llm: LLM, *, max_requests: int = 4096, max_jobs: int = 1024) -> None:
+        for name, most in (("max_requests", max_requests), ("max_jobs", max_jobs)):
+            if most < 1:
+                raise ValueError(f"{name}: expected at least 1, got {most}")
         if llm.served_by is not None:
             raise InputError("an AsyncEngine runs this model's engine already")
         if not llm.engine.in_use.acquire(blocking=False):
@@ -82,14 +96,15 @@ class AsyncEngine:
         llm.served_by = self
         self.llm = llm
         self.max_requests = max_requests
+        self.max_jobs = max_jobs
         self._live: set[Ticket] = set()
         self._ids: set[str] = set()
         # Of the two above; entered again where a stream is collected inside.
         self._lock = threading.RLock()
         self._running: dict[int, Ticket] = {}  # the thread's own
-        self._jobs: deque[Job] = deque()  # the thread's own
         self._messages: list[Callable[[], None]] = []
-        self._wake = threading.Condition()
+        self._jobs: deque[Job] = deque()
+        self._wake = threading.Condition()  # of the two above, and of whether it closes
         self._closing = False
         self._num_threads = torch.get_num_threads()
         self._thread = threading.Thread(target=self._serve, name="fssa-engine", daemon=True)
@@ -172,6 +187,12 @@ class AsyncEngine:
 
         What changes users is done in the order in which it was asked for, a piece between two
         steps: a piece reads no more text than a step does, so nobody waits long for a next token.
+        It is dropped, and nothing is changed, when the task that waits for it is cancelled.
+
+        Raises:
+            InputError: as `Users.infer` does.
+            OverloadedError: there are too many such changes.
+            EngineError: the engine is closed.
         """
         users, most = self.llm.users, self.llm.engine.scheduler.max_tokens
         return await self._work(lambda: users.infer_steps(name, choices, most))
@@ -201,7 +222,7 @@ class AsyncEngine:
         """What ``function()`` returns, called in the engine's thread between two steps.
 
         Raises:
-            What it raises; EngineError if the engine is closed.
+            What it raises; OverloadedError and EngineError as `infer` does.
         """
 
         def at_once() -> Steps[T]:
@@ -212,8 +233,17 @@ class AsyncEngine:
 
     async def _work(self, make: Callable[[], Steps[T]]) -> T:
         job = Job(make)
-        self._send(lambda: self._jobs.append(job))
-        return await asyncio.wrap_future(job.future)
+        with self._wake:
+            self._require_open()
+            if len(self._jobs) >= self.max_jobs:
+                raise OverloadedError(f"{self.max_jobs} changes of users wait already")
+            self._jobs.append(job)
+            self._wake.notify()
+        try:
+            return await asyncio.wrap_future(job.future)
+        except asyncio.CancelledError:
+            job.drop()
+            raise
 
     async def close(self, *, drain: bool = False) -> None:
         """End the thread; requests in flight are finished first (``drain``) or fail.
@@ -290,10 +320,13 @@ class AsyncEngine:
 
     def _send(self, message: Callable[[], None]) -> None:
         with self._wake:
-            if self._closing:
-                raise EngineError("the engine is closed")
+            self._require_open()
             self._messages.append(message)
             self._wake.notify()
+
+    def _require_open(self) -> None:
+        if self._closing:
+            raise EngineError("the engine is closed")
 
     # What follows runs in the engine's thread.
 
@@ -311,7 +344,8 @@ class AsyncEngine:
                 for message in messages:
                     message()
                 if self._jobs and self._jobs[0].advance():
-                    self._jobs.popleft()
+                    with self._wake:
+                        self._jobs.popleft()
                 if len(engine):
                     self._step()
         finally:

@@ -81,10 +81,10 @@ def _checked(name: str, given: object) -> Choice:
         raise InputError(f"{name}: expected at least one rejected answer, got none")
     _turns(name, "prompt", choice.prompt, "user")
     chosen = _turns(name, "chosen", choice.chosen, "assistant")
-    rejected = [_turns(name, "rejected", answer, "assistant") for answer in answers]
+    rejected = {_turns(name, "rejected", answer, "assistant") for answer in answers}
     if chosen in rejected:
         raise InputError(f"{name}: chosen and rejected are the same")
-    if any(turns in rejected[:place] for place, turns in enumerate(rejected)):
+    if len(rejected) < len(answers):
         raise InputError(f"{name}: an answer was rejected twice")
     return choice._replace(rejected=answers[0] if len(answers) == 1 else answers)
 
@@ -102,9 +102,10 @@ def _as_choice(name: str, given: object) -> Choice:
     )
 
 
-def _turns(name: str, field: str, content: Content, role: str) -> list[dict[str, Any]]:
+def _turns(name: str, field: str, content: Content, role: str) -> tuple[tuple[str, str], ...]:
+    """Role and words of every turn: two answers are the same if these are."""
     turns = chat_messages(f"{name}: {field}", content, role)
     for turn in turns:
         if not turn["content"].strip():
-            raise InputError(f"{name}: expected words as {field}, got {turn['content']!r}")
-    return turns
+            raise InputError(f"{name}: expected words as {field}, got {shortened(turn['content'])}")
+    return tuple((turn["role"], turn["content"]) for turn in turns)

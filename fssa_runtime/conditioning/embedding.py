@@ -15,6 +15,8 @@ from ..models.packed import PackedOptions, batches_by_tokens
 
 # Tokens of one forward pass: bounds the memory of embedding many answers.
 MAX_BATCH_TOKENS = 4096
+# Options tokenised at a time: short ones cost more than their tokens say.
+MAX_TOKENISED = 16
 
 T = TypeVar("T")
 # Work that stops between its parts, so that whoever does it may do something else there.
@@ -78,9 +80,17 @@ def embedding_steps(
     max_tokens: int = MAX_BATCH_TOKENS,
 ) -> Steps[torch.Tensor]:
     """As `embed_options`, one forward pass of at most ``max_tokens`` tokens (or one option) at a
-    time; gives the number of options that are done after each."""
+    time; gives the number of options that are done after each. They are tokenised in steps, too."""
     embeddings = torch.empty(len(options), config.width(model.decoder.config.hidden_size))
-    encoded = [model.option_tokens(prompt, completion) for prompt, completion in options]
+    encoded: list[tuple[list[int], list[int]]] = []
+    num_tokens = num_options = 0
+    for prompt, completion in options:
+        encoded.append(model.option_tokens(prompt, completion))
+        num_tokens += sum(map(len, encoded[-1]))
+        num_options += 1
+        if num_tokens >= max_tokens or num_options == MAX_TOKENISED:
+            num_tokens = num_options = 0
+            yield 0
     lengths = [len(prompt) + len(answer) for prompt, answer in encoded]
     for batch in batches_by_tokens(lengths, max_tokens):
         packed = PackedOptions.pack([encoded[i] for i in batch], model.decoder.device)

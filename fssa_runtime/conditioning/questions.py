@@ -22,13 +22,15 @@ from torch import Tensor
 from ..errors import InputError
 from ..models.messages import Content, chat_messages
 from .choices import Choice, ChoiceLike, arranged, checked_choices, options_of
+from .embedding import Steps, result_of
 from .encoder import Latent, antithetic_noise
 
 # Latents drawn from the posterior. The same for every question and user, so that two questions are
 # compared on the same possible users.
 NUM_SAMPLES = 256
 NOISE_SEED = 0
-# Candidates whose rewards are taken together: bounds the memory of S latents for each.
+# Candidates whose rewards are taken together: bounds the memory of S latents for each, and the time
+# of a step.
 MAX_AT_ONCE = 64
 # Relative. Rewards are float32, and the last bits of equal candidates' depend on their places.
 EQUAL = 1e-5
@@ -116,7 +118,7 @@ def suggest_next_pair(
     """
     checked = checked_choices(choices)
     embedded = embed(options_to_read(checked, candidates))
-    return suggestion_of(model, embedded, checked, num_samples=num_samples)
+    return result_of(suggestion_of(model, embedded, checked, num_samples=num_samples))
 
 
 def options_to_read(
@@ -151,8 +153,8 @@ def suggestion_of(
     choices: Sequence[Choice],
     *,
     num_samples: int = NUM_SAMPLES,
-) -> Suggestion:
-    """The suggestion from the embeddings of `options_to_read`.
+) -> Steps[Suggestion]:
+    """The suggestion from the embeddings of `options_to_read`, `MAX_AT_ONCE` candidates at a time.
 
     Raises:
         InputError: embeddings that are not finite, a deterministic encoder.
@@ -166,12 +168,12 @@ def suggestion_of(
     latent = model.encode(*(part[None] for part in arranged(choices, known)))
     if latent is None:
         raise InputError("questions: expected a model with an encoder, got one without")
-    information = torch.cat(
-        [
-            information_of_questions(model, latent, a[None], b[None], num_samples=num_samples)[0]
-            for a, b in zip(one.split(MAX_AT_ONCE), other.split(MAX_AT_ONCE), strict=True)
-        ]
-    )
+    parts = []
+    for pairs in zip(one.split(MAX_AT_ONCE), other.split(MAX_AT_ONCE), strict=True):
+        a, b = (side[None] for side in pairs)
+        parts.append(information_of_questions(model, latent, a, b, num_samples=num_samples)[0])
+        yield 0
+    information = torch.cat(parts)
     most = information.max()
     best = (information >= most - EQUAL * most.abs()).nonzero()[0]
     return Suggestion(int(best), information)

@@ -54,7 +54,7 @@ def suggestion_steps(
             distinct.append(option)
     embedded = yield from embedding_steps(model, reward.reading.embedding, distinct, max_tokens)
     rows = [places[repr(option)] for option in options]
-    return suggestion_of(reward.model, embedded[rows], choices)
+    return (yield from suggestion_of(reward.model, embedded[rows], choices))
 
 
 def _check_fit(model: LanguageModel, reward: TextReward) -> None:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 
 import pytest
-import torch
 
 from fssa_runtime import LLM, AsyncEngine, SamplingParams
 from fssa_runtime.answer_stream import Part
@@ -17,10 +15,8 @@ from fssa_runtime.engine.grammar import Grammar, Grammars
 from fssa_runtime.errors import EngineError, InputError, OverloadedError
 from fssa_runtime.models.language_model import LanguageModel
 
-from .conditioned import CHOICES, LATENT_DIM, random_conditioning, small_model
-
-PROMPTS = [f"Tell me of {what}." for what in ("bread", "the sea", "cats", "dogs", "rain", "x")]
-LONG = SamplingParams(max_tokens=400, ignore_eos=True)
+from .asynchronous import LONG, PROMPTS, accounted_llm, joined, run, serving
+from .conditioned import small_model
 
 
 @pytest.fixture(scope="module")
@@ -30,52 +26,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
 
 @pytest.fixture
 def llm(model: LanguageModel) -> Iterator[LLM]:
-    made = LLM(model, random_conditioning(model, "gated"), max_batch_size=8)
-    for seed, name in enumerate(("ana", "ben")):
-        generator = torch.Generator().manual_seed(seed)
-        made.users.set_latent(name, torch.randn(LATENT_DIM, generator=generator))
-    made.engine.debug = True
-    yield made
-    assert len(made.engine) == 0
-    made.engine.scheduler.check()
-    assert made.engine.scheduler.pool.num_free == made.engine.cache.num_pages
-    assert made.engine.slots is not None
-    assert not made.engine.slots._references.num_referred
-
-
-def run(test: Callable[[], Awaitable[None]]) -> None:
-    """Run a test; nothing of it may hang."""
-
-    async def bounded() -> None:
-        await asyncio.wait_for(test(), 120)
-
-    asyncio.run(bounded())
-
-
-@asynccontextmanager
-async def serving(llm: LLM, **limits: int) -> AsyncIterator[AsyncEngine]:
-    async with AsyncEngine(llm, **limits) as engine:
-        yield engine
-        for _ in range(500):  # what was aborted is gone after the step that was under way
-            if not len(engine) and not len(llm.engine):
-                break
-            await asyncio.sleep(0.01)
-        assert len(engine) == 0
-        assert len(llm.engine) == 0
-    assert not any(thread.name == "fssa-engine" for thread in threading.enumerate())
-
-
-def joined(parts: list[Part]) -> Part:
-    whole = Part(0)
-    for part in parts:
-        assert whole.finish_reason is None, "nothing follows the end"
-        whole.text += part.text
-        whole.tokens += part.tokens
-        whole.logprobs += part.logprobs
-        whole.top_logprobs += part.top_logprobs
-        whole.prompt_logprobs = part.prompt_logprobs or whole.prompt_logprobs
-        whole.finish_reason = part.finish_reason
-    return whole
+    with accounted_llm(model) as made:
+        yield made
 
 
 def test_the_same_answers_as_offline(llm: LLM) -> None:
@@ -328,82 +280,6 @@ def test_bad_requests_cost_nothing(llm: LLM) -> None:
             with pytest.raises(InputError, match="n must be at least 1"):
                 await engine.generate("Why?", n=0)
             assert len((await running).answers[0].tokens) == 400
-
-    run(test)
-
-
-def test_users_change_while_requests_run(llm: LLM) -> None:
-    """A request keeps the weights it came with; the next one has the new ones."""
-    expected = llm.generate(["Why?"], "ana", LONG, progress=False)[0]
-    other = LLM(llm.model, llm.conditioning)
-    other.users.infer("ana", CHOICES)
-    after = other.generate(["Why?"], "ana", LONG, progress=False)[0]
-
-    async def test() -> None:
-        async with serving(llm) as engine:
-            stream = engine.stream("Why?", "ana", LONG)
-            first = await stream.__anext__()
-            await engine.infer("ana", CHOICES)
-            fresh = asyncio.create_task(engine.generate("Why?", "ana", LONG))
-            await asyncio.sleep(0.05)
-            await engine.delete("ana")
-            with pytest.raises(InputError, match="user 'ana' is not known"):
-                await engine.generate("Why?", "ana")
-            whole = joined([first] + [part async for part in stream])
-            assert whole.logprobs == expected.answers[0].logprobs
-            assert (await fresh).answers == after.answers
-            with pytest.raises(InputError, match="choice 0: chosen and rejected are the same"):
-                await engine.infer("eve", [("Why?", "a", "a")])
-            assert "eve" not in llm.users
-
-    run(test)
-
-
-def test_choices_are_read_between_the_steps_of_others(model: LanguageModel) -> None:
-    """A long list of choices holds nobody up for longer than a step's worth of it."""
-    llm = LLM(model, random_conditioning(model, "gated"), max_batch_size=8, max_batch_tokens=64)
-    choices = [("Why?", "a" * 20 + str(n), "b" * 30 + str(n)) for n in range(8)]
-    expected = LLM(model, llm.conditioning).users.infer("ana", choices)
-
-    async def test() -> None:
-        async with AsyncEngine(llm) as engine:
-            stream = engine.stream("Why?", sampling=LONG)
-            read = len((await stream.__anext__()).tokens)
-            steps = 0
-            original = llm.engine.step
-
-            def counted() -> list:
-                nonlocal steps
-                steps += 1
-                return original()
-
-            llm.engine.step = counted  # type: ignore[method-assign]
-            user = await engine.infer("ana", choices)
-            assert steps >= 8  # of two or fewer options each
-            torch.testing.assert_close(user.latent, expected.latent)
-            read += len((await stream.__anext__()).tokens)
-            assert read > 8
-            stream.abort()
-
-    run(test)
-
-
-def test_changes_of_a_user_come_one_after_another(llm: LLM) -> None:
-    async def test() -> None:
-        async with serving(llm) as engine:
-            await engine.infer("cy", CHOICES[:1])
-            await asyncio.gather(*(engine.add_choices("cy", [choice]) for choice in CHOICES[1:]))
-            assert llm.users["cy"].choices == CHOICES
-            first = asyncio.create_task(engine.infer("cy", CHOICES[:2]))
-            await asyncio.sleep(0)
-            await engine.delete("cy")
-            assert (await first).choices == CHOICES[:2]
-            assert "cy" not in llm.users
-            gone = asyncio.create_task(engine.infer("dan", CHOICES))
-            await asyncio.sleep(0)
-            gone.cancel()
-            await engine.set_latent("eve", torch.zeros(LATENT_DIM))
-            assert "eve" in llm.users
 
     run(test)
 

@@ -6,11 +6,14 @@ import pytest
 import torch
 
 from fssa_runtime.conditioning.choices import Choice
+from fssa_runtime.conditioning.embedding import result_of
 from fssa_runtime.conditioning.encoder import EncoderSettings, Latent
 from fssa_runtime.conditioning.questions import (
     expected_information_gain,
     information_of_questions,
+    options_to_read,
     suggest_next_pair,
+    suggestion_of,
 )
 from fssa_runtime.errors import InputError
 from fssa_runtime.training.reward_model import RewardModel, RewardModelConfig
@@ -125,6 +128,17 @@ def test_a_trained_reward_can_be_asked():
     assert (found.information > -1e-9).all()
     assert (found.information <= math.log(2) + 1e-9).all()
     assert found.best == int(found.information.argmax())
+
+
+def test_many_candidates_are_judged_in_steps():
+    """So that whoever judges them may do something else meanwhile."""
+    many = CANDIDATES * 50
+    embedded = embed(options_to_read([], many))
+    steps = []
+    found = result_of(suggestion_of(Tastes([2.0, 0.0], [0.01, 3.0]), embedded, []), steps.append)
+    assert len(steps) == 3  # of 64 candidates at most
+    assert found.best == 1
+    assert found.information.shape == (150,)
 
 
 def test_bad_input_is_named():
