@@ -27,6 +27,7 @@ class Gathering:
         self._answers = [_Growing() for _ in range(request.num_answers)]
         self._num_left = request.num_answers
         self._prompt: list[PromptToken] | None = None
+        self._num_cached = 0
 
     @property
     def done(self) -> bool:
@@ -45,6 +46,8 @@ class Gathering:
             answer.text.append(event.text)
         if event.prompt is not None:
             self._prompt = event.prompt
+        if event.num_cached is not None:
+            self._num_cached = event.num_cached
         if event.finish_reason is not None:
             answer.finish_reason, answer.error = event.finish_reason, event.error
             self._num_left -= 1
@@ -61,6 +64,8 @@ class Gathering:
             answer.top if self.request.sampling.top_logprobs else None,
             self._prompt,
             answer.error,
+            len(self.request.prompt_tokens),
+            self._num_cached,
         )
 
     def completions(self) -> list[Completion]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from .checks import require_int, require_ints, require_number
@@ -100,9 +100,10 @@ class Token(NamedTuple):
     ``logprob`` 0 where an answer ends without one. ``finish_reason`` is None while it goes on.
     ``text`` is what is now certain to come next in the answer's text: it may lag behind the tokens
     while a character is not complete or a stop string might have begun; the last event has all that
-    is left. ``top`` holds the likeliest tokens, if they were asked for, and ``prompt`` the prompt's
-    scores, once, with the first token of the first answer. ``error`` says what is wrong where the
-    reason is "error".
+    is left. ``top`` holds the likeliest tokens, if they were asked for. With the first token of the
+    first answer, once, come ``prompt``, the prompt's scores if they were asked for, and
+    ``num_cached``, how many of its tokens were found computed. ``error`` says what is wrong where
+    the reason is "error".
     """
 
     request: int
@@ -114,6 +115,7 @@ class Token(NamedTuple):
     top: dict[int, float] | None = None
     prompt: list[PromptToken] | None = None
     error: str | None = None
+    num_cached: int | None = None
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,9 @@ class Completion:
         finish_reason: why it ended. error: what is wrong, if that is "error".
         top_logprobs: for each token the likeliest and their log-probabilities, if asked for.
         prompt_logprobs: scores of the prompt, if asked for.
+        num_prompt_tokens: of the prompt, which the answers to it share. num_cached_tokens: those of
+            them whose keys and values were found in the cache; how an answer came about is not
+            compared.
     """
 
     tokens: list[int]
@@ -135,6 +140,8 @@ class Completion:
     top_logprobs: list[dict[int, float]] | None = None
     prompt_logprobs: list[PromptToken] | None = None
     error: str | None = None
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = field(default=0, compare=False)
 
     @property
     def mean_logprob(self) -> float:

@@ -34,6 +34,8 @@ class Answer:
         request: the engine's number of the request. index: which of its answers this is.
         stop_tokens: that end it.
         slot: of its user's weights, while it runs.
+        num_cached: tokens of the prompt that were found computed when it first ran. After a
+            preemption it would find its own.
     """
 
     request: int
@@ -44,6 +46,7 @@ class Answer:
     edits: Edits | None = None
     text: TextStream | None = None
     slot: int | None = None
+    num_cached: int | None = None
     _scores: list[PromptToken] = field(default_factory=list)
 
     def __post_init__(self) -> None:

@@ -340,6 +340,8 @@ class Engine:
         rows = []
         for piece in plan.pieces:
             answer = self._answers[piece.stream]
+            if answer.num_cached is None:
+                answer.num_cached = piece.stream.num_cached
             if answer.slot is None:
                 user = answer.asked.user
                 answer.slot = 0
@@ -358,8 +360,9 @@ class Engine:
         if chosen.logprob != chosen.logprob:
             return self._fail(answer, "the model's log-probabilities are not numbers")
         prompt = answer.prompt_scores()
+        is_first = answer.index == 0 and not stream.written
         stream.written.append(token)
-        if answer.index == 0 and len(stream.written) == 1:
+        if is_first:
             self._fork(answer)
         if answer.edits is not None:
             answer.edits.accept(token)
@@ -389,6 +392,7 @@ class Engine:
             text,
             chosen.top,
             prompt,
+            num_cached=answer.num_cached if is_first else None,
         )
 
     def _fork(self, first: Answer) -> None:

@@ -172,6 +172,19 @@ def test_several_answers(llm: LLM) -> None:
     assert single.answers[0] == output.answers[0]
 
 
+def test_what_a_prompt_took_is_said(llm: LLM) -> None:
+    """As many tokens as it has, and how many of them were found in the cache."""
+    prompt = "Why? " * 20
+    num_tokens = len(llm.model.chat_tokens(prompt))
+    found = []
+    for user in ("ana", "ana", "ben"):
+        (output,) = llm.generate([prompt], user, GREEDY, n=2, progress=False)
+        assert [answer.num_prompt_tokens for answer in output.answers] == [num_tokens] * 2
+        found.append([answer.num_cached_tokens for answer in output.answers])
+    whole_pages = (num_tokens - 1) // 16 * 16
+    assert found == [[0, 0], [whole_pages] * 2, [0, 0]]
+
+
 def test_sampling_for_each_prompt(llm: LLM) -> None:
     lengths = [2, 4, 3]
     outputs = llm.generate(
