@@ -140,7 +140,7 @@ class AnswerStream:
         """
         if not self._gathering.done:
             state = "was dropped" if self._over else "goes on"
-            raise EngineError(f"the request {state}: its answers have no end") from self._error
+            raise EngineError(f"the request {state}: its answers have not ended") from self._error
         return self._gathering.completions()
 
     def __aiter__(self) -> AnswerStream:

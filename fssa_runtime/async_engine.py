@@ -131,7 +131,8 @@ class AsyncEngine:
         With ``best_of`` the parts come at the end, since only then it is known whose they are.
 
         Raises:
-            InputError: an unknown user, or numbers out of range.
+            InputError: an unknown user, a prompt that is neither text nor chat messages, or numbers
+                out of range.
         """
         request = self.llm.request(
             prompt, user, sampling, n=n, best_of=best_of, priority=priority, timeout=timeout

@@ -12,4 +12,4 @@ class OverloadedError(RuntimeError):
 
 
 class EngineError(RuntimeError):
-    """No answer, for no fault of the request: a step failed, it was dropped, all is closed."""
+    """There is no answer, for no fault of the request: a step failed, say, or it was dropped."""

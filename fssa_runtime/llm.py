@@ -209,6 +209,10 @@ class LLM:
 
         Without ``sampling`` it is `default_sampling`, and as many tokens of that as there is room
         for: nobody asked for more.
+
+        Raises:
+            InputError: an unknown user, a prompt that is neither text nor chat messages, or numbers
+                out of range.
         """
         tokens = self.model.chat_tokens(prompt)
         if sampling is None:

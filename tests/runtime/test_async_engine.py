@@ -256,7 +256,7 @@ def test_answers_that_have_not_ended(llm: LLM) -> None:
     async def test() -> None:
         async with serving(llm) as engine:
             stream = engine.stream("Why?", sampling=LONG)
-            with pytest.raises(EngineError, match="the request goes on: its answers have no end"):
+            with pytest.raises(EngineError, match="goes on: its answers have not ended"):
                 _ = stream.completions
             await stream.start()
             stream.abort()
