@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fssa_runtime.errors import InputError
@@ -87,6 +88,11 @@ def test_values_out_of_range(settings: dict, message: str) -> None:
 def test_requests_out_of_range(settings: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         Request([1], **settings)
+
+
+def test_tokens_may_come_from_an_array() -> None:
+    tokens = np.array([1, 2])
+    assert Request(list(tokens), sampling=SamplingParams(stop_token_ids=tokens)).num_answers == 1
 
 
 def test_settings_are_nobody_else_s_to_change() -> None:
