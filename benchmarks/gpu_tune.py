@@ -5,8 +5,10 @@
 For every problem the search starts from the heuristic's configuration and changes one thing at a
 time, keeping what is faster, until nothing is. A configuration counts only if its result passed the
 gate; its time is the median over rounds in which it took turns with the unmodulated product of the
-vendor's library. The table goes where `fssa_kernels.gpu.tuned` reads it, each entry with its time
-and that product's; entries of earlier runs that were not measured again stay.
+vendor's library. What decides the order of a row's sums is looked for with 16 rows and kept for all
+other numbers below 257, so that a row's bits do not depend on its batch. The table goes where
+`fssa_kernels.gpu.tuned` reads it, each entry with its time and that product's; entries of earlier
+runs that were not measured again stay.
 
 --dry-run goes through the motions on a CPU at a tiny size, in Triton's interpreter, and writes to
 --out only.
@@ -21,7 +23,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +33,15 @@ from rich.console import Console
 from torch import Tensor
 
 from benchmarks.gate import judge, outputs, poisoned, widened
-from benchmarks.gpu_suite.problems import MODELS, LinearProblem, few_rows
+from benchmarks.gpu_suite.problems import LinearProblem, few_rows
+from benchmarks.gpu_suite.shapes import MODELS
 from benchmarks.gpu_suite.timing import Clock, Deadline, GpuClock, HostClock, calls_for, interleaved
 from fssa_kernels.dispatch import lookup
 from fssa_kernels.gpu.backend import is_interpreting
 from fssa_kernels.gpu.device import Device
 from fssa_kernels.gpu.tuned import FOLDER
 
-TOKENS = (1, 16, 32, 64, 128, 8, 256, 512, 2048, 4, 2)
+TOKENS = (16, 1, 32, 64, 128, 8, 256, 512, 2048, 4, 2)
 RANKS = (16, 64, 32, 8)
 FAMILIES = ("gated", "none")
 CHOICES: dict[str, tuple[Any, ...]] = {
@@ -90,8 +93,10 @@ class Search:
                 return None
             sides = {"ours": lambda copy: self.call(config, copy), "base": self.base}
             return self._medians(sides)
-        except (RuntimeError, ValueError, torch.cuda.OutOfMemoryError):
-            return None  # too much shared memory, too few registers
+        except Exception:  # too much shared memory, too few registers: Triton has its own errors
+            if self.copies[0]["x"].is_cuda:
+                torch.cuda.synchronize()  # raises where nothing else would run either
+            return None
 
     def _medians(self, sides: dict[str, Callable[[int], Tensor]]) -> tuple[float, float]:
         copies = len(self.copies)
@@ -104,10 +109,10 @@ class Search:
         return statistics.median(samples["ours"]), statistics.median(samples["base"])
 
 
-def neighbours(config: Any, capability: int) -> Iterator[Any]:
-    """Configurations that differ in one thing."""
+def neighbours(config: Any, capability: int, fixed: Collection[str]) -> Iterator[Any]:
+    """Configurations that differ in one thing, none of those that are fixed."""
     for field, values in CHOICES.items():
-        if field == "swap" and capability < 90:
+        if field in fixed or (field == "swap" and capability < 90):
             continue
         for value in values:
             if value != getattr(config, field):
@@ -119,8 +124,10 @@ def search(
     time: Callable[[Any], tuple[float, float] | None],
     capability: int,
     deadline: Deadline,
+    fixed: Collection[str] = (),
 ) -> dict[str, Any] | None:
-    """The best configuration found from `start`, with its times in us; None if `start` fails."""
+    """The best configuration found from `start`, but for fields that are fixed, with its times in
+    us; None if `start` fails."""
     timed = time(start)
     if timed is None:
         return None
@@ -129,7 +136,7 @@ def search(
     improved = True
     while improved and not deadline.passed:
         improved = False
-        for candidate in neighbours(best, capability):
+        for candidate in neighbours(best, capability, fixed):
             if candidate in tried or deadline.passed:
                 continue
             tried.add(candidate)
@@ -148,7 +155,10 @@ def search(
 
 
 def problems(models: tuple[str, ...], tokens: tuple[int, ...]) -> Iterator[LinearProblem]:
-    """The most telling first."""
+    """The most telling first, and 16 rows before all others."""
+    from fssa_kernels.ops.modulated_linear.triton_config import ALIKE_ROWS
+
+    tokens = tuple(dict.fromkeys((ALIKE_ROWS, *tokens)))
     for rank in RANKS:
         for num_tokens in tokens:
             for model in models:
@@ -170,7 +180,16 @@ def tune(
     rounds: int,
 ) -> dict[str, Any]:
     """Entries by problem, written after each so that a run cut short keeps them."""
-    from fssa_kernels.ops.modulated_linear.triton_config import heuristic, problem_key
+    from fssa_kernels.ops.modulated_linear.triton_config import (
+        ALIKE,
+        ALIKE_ROWS,
+        VENDOR_FROM_ROWS,
+        Config,
+        alike,
+        fit,
+        heuristic,
+        problem_key,
+    )
 
     console = Console()
     entries: dict[str, Any] = {}
@@ -181,9 +200,8 @@ def tune(
         trial = Search(problem, clock, where, rounds)
         inputs = trial.copies[0]
         splits, rank = list(problem.shape.splits), problem.rank
-        key = problem_key(
-            inputs["x"], inputs["weight"], problem.family, splits, inputs["epilogue"], rank
-        )
+        named = (inputs["x"], problem.family, splits, inputs["epilogue"], rank)
+        key = problem_key(*named, problem.num_tokens)
         start = heuristic(
             device,
             inputs["x"],
@@ -193,7 +211,16 @@ def tune(
             inputs["epilogue"],
             rank,
         )
-        found = search(start, trial.time, device.capability, deadline.share(0.2))
+        fixed: Collection[str] = ()
+        if problem.num_tokens < VENDOR_FROM_ROWS and problem.num_tokens != ALIKE_ROWS:
+            model = entries.get(problem_key(*named, ALIKE_ROWS))
+            if model is None:
+                continue  # what did not run with those rows is the heuristic's with these
+            start, fixed = alike(start, Config(**model["config"])), ALIKE
+            start = fit(
+                start, device, inputs["x"].element_size(), inputs["epilogue"] != "none", rank
+            )
+        found = search(start, trial.time, device.capability, deadline.share(0.2), fixed)
         clock.release()
         if found is None:
             console.print(f"{key}: the heuristic's configuration does not run")

@@ -97,5 +97,4 @@ def launch(
     # Triton launches in the current device, whatever device its tensors are on.
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
-        # Fusing multiplications and additions is Triton's default up to 3.9, not after.
-        kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
+        kernel[grid](**arguments, **options(num_warps, num_stages))

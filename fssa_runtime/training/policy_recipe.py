@@ -23,7 +23,9 @@ class PolicyEvaluation(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    contexts: tuple[Annotated[int, Field(ge=0)], ...] = Field((0, 1, 3, 5, 10), min_length=1)
+    contexts: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        default=(0, 1, 3, 5, 10), min_length=1
+    )
     num_tasks: int = Field(default=100, ge=2)
     num_targets: int = Field(default=2, ge=1)
     batch_size: int = Field(default=8, ge=1)

@@ -31,9 +31,10 @@ from benchmarks.gpu_suite.timing import Deadline, HostClock
 from benchmarks.gpu_suite.workers import spread
 from fssa_kernels import residual_film_rms_norm
 from fssa_kernels.gpu.device import NOMINAL, Device
-from fssa_kernels.gpu.launch import Launch, collecting
+from fssa_kernels.gpu.launch import Launch, collecting, launch, options
 from fssa_kernels.gpu.resources import Resources, compile_for, distinct
 from fssa_kernels.ops.modulated_linear import api
+from fssa_kernels.ops.modulated_linear.triton_config import Config
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 pytestmark = pytest.mark.skipif(
@@ -41,10 +42,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, module: str = "benchmarks.gpu_suite") -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu_suite", *arguments],
+        [sys.executable, "-m", module, *arguments],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -144,6 +145,16 @@ def test_with_no_time_every_row_says_so_and_files_are_written(tmp_path):
     assert {record["part"] for record in results["records"]} == set(command.SHARES)
     assert all(OUT_OF_TIME in record["status"] for record in results["records"])
     assert "not measured" in (tmp_path / "summary.md").read_text(encoding="utf-8")
+
+
+def test_the_dry_run_of_the_search_writes_a_table_that_dispatch_reads(tmp_path):
+    table = tmp_path / "new" / "table.json"
+    arguments = ["--dry-run", "--minutes", "0.05", "--out", str(table)]
+    done = run(*arguments, module="benchmarks.gpu_tune")
+    assert done.returncode == 0, done.stderr
+    (key, found), *_ = json.loads(table.read_text())["modulated_linear"].items()
+    assert key.endswith(" m16")
+    assert Config(**found["config"]).way in ("fused", "vendor")
 
 
 def test_an_unknown_part_is_refused(capsys):
@@ -329,6 +340,18 @@ def special(kernel: Any, block: int, dtype: torch.dtype) -> Any:
     x = torch.empty(block, dtype=dtype, device="meta")
     arguments = {"out_ptr": x, "x_ptr": x, "BLOCK": block}
     return distinct([Launch(kernel, (1,), arguments, 1, 1)])[0]
+
+
+def test_kernels_are_launched_as_they_are_compiled_ahead_of_time():
+    given = {}
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda **arguments: given.update(arguments)
+
+    x = torch.zeros(1)
+    launch(Kernel(), (1,), {"x": x}, num_warps=8, num_stages=2)
+    assert given == {"x": x, **options(8, 2)}
 
 
 def test_a_kernel_that_spills_is_at_fault(capsys):

@@ -134,6 +134,7 @@ def test_what_is_too_much_for_the_kernels_is_named():
         modulated_linear(**wide, backend="triton")
 
 
+OP_AND_DEVICE = ("modulated_linear", "h100")
 SHAPES = [
     (4096, (4096, 1024, 1024), "none"),
     (4096, (14336, 14336), "silu_mul"),
@@ -162,16 +163,35 @@ def test_the_heuristic_fits_the_device_and_looks_at_rows_for_the_tile_s_height_o
         assert heuristic(device, x, weight, "gated", splits, epilogue, rank).way == "vendor"
 
 
-def test_a_measured_configuration_goes_before_the_heuristic(monkeypatch):
-    inputs = make("modulated_linear", torch.bfloat16, family="gated", num_tokens=3)
-    x, weight = inputs["x"], inputs["weight"]
-    asked = []
+def test_a_measured_configuration_goes_before_the_heuristic_and_rows_are_computed_alike(
+    monkeypatch,
+):
+    table = {}
+    monkeypatch.setattr(
+        triton_config,
+        "lookup",
+        lambda op, device, key: table.get(key) if (op, device) == OP_AND_DEVICE else None,
+    )
 
-    def lookup(op, device, key):
-        asked.append((op, device, key))
-        return {"way": "vendor"}
+    def chosen(num_tokens, rule=triton_config.choose):
+        x, weight = (torch.empty(n, 4096, dtype=torch.bfloat16) for n in (num_tokens, 6144))
+        return rule(NOMINAL[90], x, weight, "gated", [6144], "none", 16)
 
-    monkeypatch.setattr(triton_config, "lookup", lookup)
-    config = triton_config.choose(NOMINAL[90], x, weight, "gated", [29], "none", 3)
-    assert config == Config("vendor")
-    assert asked == [("modulated_linear", "h100", "bfloat16 gated r3 none 29x37 m4")]
+    def key(rows):
+        return f"bfloat16 gated r16 none 6144x4096 m{rows}"
+
+    # What was measured with other rows alone would part them from the rest.
+    table[key(4)] = {"split_k": 8, "block_t": 16, "block_n": 128, "num_stages": 2}
+    assert chosen(3) == chosen(3, triton_config.heuristic)
+    table[key(16)] = {"split_k": 2, "block_k": 64, "swap": False, "num_warps": 8}
+    assert chosen(16) == Config(**table[key(16)])
+    assert chosen(3) == Config(**{**table[key(4)], "split_k": 2, "block_k": 64, "swap": False})
+    table[key(512)] = {"way": "fused", "block_k": 32}
+    assert chosen(300) == Config(**table[key(512)])
+    assert chosen(600).way == "vendor"
+    decisive = {
+        tuple(getattr(chosen(n), name) for name in triton_config.ALIKE) for n in (1, 3, 17, 64, 256)
+    }
+    assert decisive == {("fused", False, 64, 2)}
+    table[key(16)]["block_k"] = 256
+    assert chosen(256).num_stages < chosen(256, triton_config.heuristic).num_stages

@@ -9,7 +9,7 @@ that adds the term and takes the epilogue), and outside this op the extended pro
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -40,15 +40,24 @@ class Config:
 VENDOR_FROM_ROWS = 257
 
 
+# What decides the order of a row's sums is measured with so many rows, for all below that number.
+ALIKE = ("way", "swap", "block_k", "split_k")
+ALIKE_ROWS = 16
+
+
 def problem_key(
-    x: Tensor, weight: Tensor, family: str, splits: Sequence[int], epilogue: str, rank: int
+    x: Tensor, family: str, splits: Sequence[int], epilogue: str, rank: int, num_tokens: int
 ) -> str:
     """The name of a problem in the tuned tables; rows count as the next power of two."""
-    num_tokens, in_features = x.shape
     rows = 1 << max(0, num_tokens - 1).bit_length()
     sizes = "+".join(str(size) for size in splits)
     dtype = str(x.dtype).removeprefix("torch.")
-    return f"{dtype} {family} r{rank} {epilogue} {sizes}x{in_features} m{rows}"
+    return f"{dtype} {family} r{rank} {epilogue} {sizes}x{x.shape[1]} m{rows}"
+
+
+def alike(config: Config, measured: Config) -> Config:
+    """`config`, so that a row is computed as by what was measured with `ALIKE_ROWS` rows."""
+    return replace(config, **{name: getattr(measured, name) for name in ALIKE})
 
 
 def choose(
@@ -60,12 +69,26 @@ def choose(
     epilogue: str,
     rank: int,
 ) -> Config:
-    """The measured configuration of this problem on this device, or the heuristic's."""
-    key = problem_key(x, weight, family, splits, epilogue, rank)
-    measured = lookup("modulated_linear", device.name, key)
-    if measured is not None:
-        return Config(**measured)
-    return heuristic(device, x, weight, family, splits, epilogue, rank)
+    """The measured configuration of this problem on this device, or the heuristic's.
+
+    Below `VENDOR_FROM_ROWS` rows either is `alike` what was measured with `ALIKE_ROWS` rows, and
+    the heuristic's where that was not: a row's bits do not depend on how many others there are.
+    """
+
+    def measured(num_tokens: int) -> Config | None:
+        key = problem_key(x, family, splits, epilogue, rank, num_tokens)
+        found = lookup("modulated_linear", device.name, key)
+        return None if found is None else Config(**found)
+
+    own, model = measured(len(x)), measured(ALIKE_ROWS)
+    reasoned = heuristic(device, x, weight, family, splits, epilogue, rank)
+    if len(x) >= VENDOR_FROM_ROWS:
+        return own or reasoned
+    if model is None:
+        return reasoned
+    if own is not None:
+        return alike(own, model)
+    return fit(alike(reasoned, model), device, x.element_size(), epilogue != "none", rank)
 
 
 def heuristic(
