@@ -46,7 +46,7 @@ def test_who_has_no_work_left_takes_what_another_has_not_begun(tmp_path):
 def test_a_linear_is_finished_by_who_is_not_held_up(tmp_path):
     """Who begins the second half of the panels waits for its weight until all else is done; who
     has the first half waits until then, so as not to be done before the other offers any."""
-    tokens, panels, inputs = 64, 8, 512
+    tokens, panels, inputs = 64, 8, max(512, PAGE // 64)  # a panel holds a whole page
     torch.manual_seed(0)
     x, matrix = torch.randn(tokens, inputs), torch.randn(32 * panels, inputs)
     weight = pack_matrix(matrix)

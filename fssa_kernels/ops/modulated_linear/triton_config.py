@@ -80,14 +80,13 @@ def choose(
         found = lookup("modulated_linear", device.name, key)
         return None if found is None else Config(**found)
 
-    own, model = measured(len(x)), measured(ALIKE_ROWS)
+    own = measured(len(x))
+    model = measured(ALIKE_ROWS) if len(x) < VENDOR_FROM_ROWS else own
+    if own is not None and model is not None:
+        return alike(own, model)
     reasoned = heuristic(device, x, weight, family, splits, epilogue, rank)
-    if len(x) >= VENDOR_FROM_ROWS:
-        return own or reasoned
     if model is None:
         return reasoned
-    if own is not None:
-        return alike(own, model)
     return fit(alike(reasoned, model), device, x.element_size(), epilogue != "none", rank)
 
 
