@@ -12,7 +12,7 @@ import concurrent.futures
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -124,6 +124,7 @@ class AsyncEngine:
         best_of: int | None = None,
         priority: int = 0,
         timeout: float | None = None,
+        tenant: Hashable = None,
         request_id: str | None = None,
     ) -> AnswerStream:
         """Answer a prompt, part by part; see `LLM.request` and `AnswerStream`.
@@ -135,7 +136,14 @@ class AsyncEngine:
                 out of range.
         """
         request = self.llm.request(
-            prompt, user, sampling, n=n, best_of=best_of, priority=priority, timeout=timeout
+            prompt,
+            user,
+            sampling,
+            n=n,
+            best_of=best_of,
+            priority=priority,
+            timeout=timeout,
+            tenant=tenant,
         )
         return self.stream_request(request, request_id=request_id)
 
@@ -156,6 +164,7 @@ class AsyncEngine:
         best_of: int | None = None,
         priority: int = 0,
         timeout: float | None = None,
+        tenant: Hashable = None,
         request_id: str | None = None,
     ) -> Output:
         """Answer a prompt; arguments and errors as of `stream` and `AnswerStream.start`."""
@@ -167,6 +176,7 @@ class AsyncEngine:
             best_of=best_of,
             priority=priority,
             timeout=timeout,
+            tenant=tenant,
             request_id=request_id,
         )
         async with stream:

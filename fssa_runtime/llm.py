@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -204,6 +204,7 @@ class LLM:
         best_of: int | None = None,
         priority: int = 0,
         timeout: float | None = None,
+        tenant: Hashable = None,
     ) -> Request:
         """A prompt as a request in tokens; what the rest means stands in `Request`.
 
@@ -229,6 +230,7 @@ class LLM:
             best_of=best_of,
             priority=priority,
             timeout=timeout,
+            tenant=tenant,
         )
 
 

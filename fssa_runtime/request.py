@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -31,10 +31,13 @@ class Request:
         best_of: answers that are written, of which the n likeliest are kept: those with the
             largest mean log-probability of a token. None writes n.
         priority: larger goes first. timeout: seconds after which it is no longer wanted, or None.
+        tenant: whose turn it takes, of those who wait: any value that names a customer, a key, a
+            session. All requests of a tenant, whosever weights they ask for, share one turn. None
+            gives each user's weights a turn, and one to all requests without.
 
     Raises:
         InputError: n below 1, best_of below n, more than `MAX_ANSWERS`, a timeout that is not
-            positive, or one of them or the priority of the wrong type.
+            positive, one of them or the priority of the wrong type, or a tenant without a hash.
     """
 
     prompt_tokens: Sequence[int]
@@ -45,6 +48,7 @@ class Request:
     best_of: int | None = None
     priority: int = 0
     timeout: float | None = None
+    tenant: Hashable = None
 
     def __post_init__(self) -> None:
         require_int("priority", self.priority)
@@ -62,6 +66,10 @@ class Request:
             require_number("timeout", self.timeout)
             if not self.timeout > 0:
                 raise InputError(f"timeout must be positive, got {self.timeout}")
+        try:
+            hash(self.tenant)
+        except TypeError as error:
+            raise InputError(f"tenant must be hashable: {error}") from error
 
     @property
     def num_answers(self) -> int:

@@ -315,11 +315,12 @@ class Engine:
         return Answer(number, index, request, stream, stop_tokens, edits, text)
 
     def _stream(self, request: Request, parent: Stream | None) -> Stream:
+        fingerprint = b"" if request.user is None else request.user.fingerprint
         return Stream(
             request.prompt_tokens,
             self._max_new(request),
-            fingerprint=b"" if request.user is None else request.user.fingerprint,
-            user=None if request.user is None else request.user.fingerprint,
+            fingerprint=fingerprint,
+            tenant=fingerprint if request.tenant is None else request.tenant,
             priority=request.priority,
             deadline=None if request.timeout is None else self._clock() + request.timeout,
             parent=parent,

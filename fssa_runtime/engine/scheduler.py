@@ -2,7 +2,7 @@
 
 A step has a budget of tokens. Streams that write get theirs first, one each, so that a long prompt
 does not make others wait; what is left goes to prompts, in pieces. Streams wait while rows or pages
-are lacking, and are admitted by priority, then fairly between users, then in order of arrival.
+are lacking, and are admitted by priority, then fairly between tenants, then in order of arrival.
 When a running stream needs a page and there is none, the least important one loses its pages and
 waits again; a step in which nothing can run cannot be, since `add` refuses what does not fit alone.
 """
@@ -103,7 +103,7 @@ class Scheduler:
             parent.fingerprint != stream.fingerprint or list(parent.prompt) != list(stream.prompt)
         ):
             raise ValueError("parent: expected the same prompt and fingerprint as the stream's")
-        self.waiting.add(stream, stream.user, stream.priority)
+        self.waiting.add(stream, stream.tenant, stream.priority)
         if stream.deadline is not None:
             if len(self._deadlines) > 2 * len(self) + 100:  # most are of streams long gone
                 self._deadlines = [
@@ -143,9 +143,9 @@ class Scheduler:
         if any(other is stream for other in self.running):
             self.running = [other for other in self.running if other is not stream]
             self._release(stream)
-            self.waiting.leave(stream.user, stream.priority)
+            self.waiting.leave(stream.tenant, stream.priority)
             return True
-        return self.waiting.remove(stream, stream.user, stream.priority)
+        return self.waiting.remove(stream, stream.tenant, stream.priority)
 
     def plan(self, now: float = 0.0) -> Plan:
         """The next step. Pages it writes are reserved; call `computed` when it has run."""
@@ -211,7 +211,7 @@ class Scheduler:
                 plan.expired.append(stream)
 
     def _count_service(self, piece: Piece) -> None:
-        self.waiting.serve(piece.stream.user, piece.stream.priority, piece.count)
+        self.waiting.serve(piece.stream.tenant, piece.stream.priority, piece.count)
 
     def _admit(self, plan: Plan, budget: int) -> None:
         """Let streams in while there is room. After this no page is taken from a stream in the
@@ -313,9 +313,9 @@ class Scheduler:
         self._release(stream)
         stream.num_preempted += 1
         plan.preempted.append(stream)
-        self.waiting.add(stream, stream.user, stream.priority, front=True)
+        self.waiting.add(stream, stream.tenant, stream.priority, front=True)
         # It was present as running and is now as waiting.
-        self.waiting.leave(stream.user, stream.priority)
+        self.waiting.leave(stream.tenant, stream.priority)
 
     def _release(self, stream: Stream) -> None:
         for page in reversed(stream.pages):  # the end of a text is the first to be given up

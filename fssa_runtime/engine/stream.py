@@ -21,7 +21,7 @@ class Stream:
 
     Attributes:
         fingerprint: of the content of the weights that write it, the root of its pages' keys.
-        user: whose turn counts; any value that names the user, or None for nobody.
+        tenant: whose turn it takes; any value that has a hash.
         max_tokens: written at most.
         priority: larger goes first. deadline: when it is no longer wanted, on the caller's clock.
         parent: another answer to the same prompt; while that runs, its pages serve this one too.
@@ -34,7 +34,7 @@ class Stream:
     prompt: Sequence[int]
     max_tokens: int
     fingerprint: bytes = b""
-    user: Hashable = None
+    tenant: Hashable = None
     priority: int = 0
     deadline: float | None = None
     parent: Stream | None = None

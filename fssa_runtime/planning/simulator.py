@@ -103,6 +103,7 @@ class Simulator:
                 prompt=range(start, start + arrival.prompt_tokens),
                 max_tokens=arrival.output_tokens,
                 fingerprint=arrival.user.to_bytes(8, "little"),
+                tenant=arrival.user,
                 user=arrival.user,
                 arrived=arrival.time,
             )

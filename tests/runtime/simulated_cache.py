@@ -61,7 +61,7 @@ class SimulatedCache:
             prompt,
             max_tokens,
             fingerprint=user,
-            user=user,
+            tenant=user,
             priority=priority,
             deadline=deadline,
             parent=parent,

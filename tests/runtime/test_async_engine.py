@@ -6,14 +6,16 @@ import asyncio
 import gc
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from fssa_runtime import LLM, AsyncEngine, SamplingParams
-from fssa_runtime.answer_stream import Part
+from fssa_runtime.answer_stream import AnswerStream, Part
 from fssa_runtime.engine.grammar import Grammar, Grammars
 from fssa_runtime.errors import EngineError, InputError, OverloadedError
 from fssa_runtime.models.language_model import LanguageModel
+from fssa_runtime.request import Request
 
 from .asynchronous import LONG, PROMPTS, accounted_llm, joined, run, serving
 from .conditioned import small_model
@@ -56,6 +58,28 @@ def test_the_same_answers_as_offline(llm: LLM) -> None:
                 assert part.top_logprobs == answer.top_logprobs
                 assert part.prompt_logprobs == answer.prompt_logprobs
                 assert part.finish_reason == answer.finish_reason
+
+    run(test)
+
+
+def test_what_is_asked_for_reaches_the_request(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict = {"n": 2, "best_of": 3, "priority": 1, "timeout": 5.0, "tenant": "key"}
+    expected = llm.request("Why?", "ana", LONG, **asked)
+    assert {name: getattr(expected, name) for name in asked} == asked
+    heard = []
+    answer = AsyncEngine.stream_request
+
+    def listen(engine: AsyncEngine, request: Request, **named: Any) -> AnswerStream:
+        heard.append(request)
+        return answer(engine, request, **named)
+
+    monkeypatch.setattr(AsyncEngine, "stream_request", listen)
+
+    async def test() -> None:
+        async with serving(llm) as engine:
+            engine.stream("Why?", "ana", LONG, **asked)
+            await engine.generate("Why?", "ana", LONG, **asked)
+            assert heard == [expected, expected]
 
     run(test)
 

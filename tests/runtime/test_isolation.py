@@ -295,6 +295,29 @@ def test_more_users_than_slots(model: LanguageModel) -> None:
     assert engine.slots.stats.filled == 80
 
 
+def test_a_tenant_has_one_turn_whosever_weights_it_asks_for(model: LanguageModel) -> None:
+    world = World(model)
+    sampling = SamplingParams(max_tokens=2)
+
+    def ended_before_the_light_one(**tenants: str) -> int:
+        engine = world.engine()
+        heavy = tenants.get("heavy")
+        for user in world.rows[:60]:
+            engine.add(Request([5, 6, 7], user, sampling, tenant=heavy))
+        engine.step()
+        light = engine.add(Request([5, 6, 7], world.rows[0], sampling, tenant=tenants.get("light")))
+        while light in engine:
+            engine.step()
+        ended = 61 - len(engine)
+        while len(engine):
+            engine.step()
+        return ended
+
+    # Everybody who has weights of their own has a turn: who comes last waits for all.
+    assert ended_before_the_light_one() > 40
+    assert ended_before_the_light_one(heavy="heavy", light="light") < 20
+
+
 def test_a_table_too_small_for_a_batch_is_refused(model: LanguageModel) -> None:
     with pytest.raises(ValueError, match="has 3 slots, a batch of 6 may have as many users"):
         World(model).engine(slots=3)

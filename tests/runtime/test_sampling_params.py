@@ -83,6 +83,7 @@ def test_values_out_of_range(settings: dict, message: str) -> None:
         (dict(best_of="2"), "best_of must be an integer, got str"),
         (dict(priority="high"), "priority must be an integer, got str"),
         (dict(priority=None), "priority must be an integer, got NoneType"),
+        (dict(tenant=["ana"]), "tenant must be hashable"),
     ],
 )
 def test_requests_out_of_range(settings: dict, message: str) -> None:

@@ -53,7 +53,7 @@ def test_streams_admitted_in_one_step_are_of_all_users() -> None:
     for _ in range(2):
         sim.add([1, 1], 9, b"light")
     plan = sim.step()
-    assert sorted(piece.stream.user for piece in plan.pieces) == [b"heavy"] * 2 + [b"light"] * 2
+    assert sorted(piece.stream.tenant for piece in plan.pieces) == [b"heavy"] * 2 + [b"light"] * 2
 
 
 def test_what_is_written_counts_as_service() -> None:
@@ -234,7 +234,7 @@ def test_a_stream_that_leaves_while_its_step_runs_gets_nothing() -> None:
         (Stream([1] * 15, 6), InputError, "21 positions, the model has 20"),
         (Stream([1] * 10, 8), InputError, "18 tokens of cache, it holds 16"),
         (Stream([1], 1, deadline=math.nan), InputError, "deadline"),
-        (Stream([1], 1, user=[]), TypeError, "unhashable"),
+        (Stream([1], 1, tenant=[]), TypeError, "unhashable"),
         (Stream([1], 1, b"ana", parent=Stream([1], 1, b"ben")), ValueError, "fingerprint"),
         (Stream([1], 1, b"ana", parent=Stream([2], 1, b"ana")), ValueError, "same prompt"),
     ],
