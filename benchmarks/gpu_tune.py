@@ -206,6 +206,7 @@ def tune(
             device,
             inputs["x"],
             inputs["weight"],
+            inputs["lora_a"],
             problem.family,
             splits,
             inputs["epilogue"],
@@ -217,9 +218,8 @@ def tune(
             if model is None:
                 continue  # what did not run with those rows is the heuristic's with these
             start, fixed = alike(start, Config(**model["config"])), ALIKE
-            start = fit(
-                start, device, inputs["x"].element_size(), inputs["epilogue"] != "none", rank
-            )
+            paired = inputs["epilogue"] != "none"
+            start = fit(start, device, inputs["x"], inputs["lora_a"], paired, rank)
         found = search(start, trial.time, device.capability, deadline.share(0.2), fixed)
         clock.release()
         if found is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -12,6 +13,8 @@ from fssa_kernels.graph import Group, Inputs, Step, StepGraph, tensors_of
 from fssa_kernels.native import RecordingError
 
 Bucket = tuple[int, ...]
+# A capture begins by waiting for the device, which none that is under way in another thread allows.
+_RECORDING = threading.Lock()
 
 
 class Captured(Protocol):
@@ -68,7 +71,7 @@ class CudaStepGraph(StepGraph):
             name: first_rows(group, count)
             for (name, group), count in zip(self._inputs.items(), bucket, strict=True)
         }
-        with torch.inference_mode(), own_workspace(self._workspace):
+        with _RECORDING, torch.inference_mode(), own_workspace(self._workspace):
             return self._capture(lambda: self._step(parts))
 
 

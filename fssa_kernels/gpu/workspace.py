@@ -9,6 +9,7 @@ cleared in the graph.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -38,24 +39,32 @@ class Workspace:
         return held
 
 
-_WORKSPACES = [Workspace()]
+class _Current(threading.local):
+    own: Workspace | None = None
+
+
+SHARED = Workspace()
+_CURRENT = _Current()
 
 
 def counters(count: int, device: torch.device) -> Tensor:
     """Zeros that a kernel launched now may count in, if it leaves zeros; see `Workspace`."""
-    if len(_WORKSPACES) == 1 and _is_capturing(device):
+    if _CURRENT.own is not None:
+        return _CURRENT.own.counters(count, device)
+    if _is_capturing(device):
         return torch.zeros(count, dtype=torch.int32, device=device)
-    return _WORKSPACES[-1].counters(count, device)
+    return SHARED.counters(count, device)
 
 
 @contextlib.contextmanager
 def own_workspace(workspace: Workspace) -> Iterator[None]:
-    """Launches inside count in this workspace."""
-    _WORKSPACES.append(workspace)
+    """Launches of this thread count in this workspace inside."""
+    before = _CURRENT.own
+    _CURRENT.own = workspace
     try:
         yield
     finally:
-        _WORKSPACES.pop()
+        _CURRENT.own = before
 
 
 def _is_capturing(device: torch.device) -> bool:

@@ -22,14 +22,14 @@ from benchmarks.gate import Judgement, judge
 from benchmarks.gpu_resources import Compiled, compile_one, report, thin
 from benchmarks.gpu_suite import __main__ as command
 from benchmarks.gpu_suite import correctness, targets
-from benchmarks.gpu_suite.problems import LinearProblem, NormProblem
+from benchmarks.gpu_suite.problems import AttentionProblem, LinearProblem, NormProblem
 from benchmarks.gpu_suite.report import headline, write
 from benchmarks.gpu_suite.scale import TINY
 from benchmarks.gpu_suite.shapes import MODELS
 from benchmarks.gpu_suite.suite import OUT_OF_MEMORY, OUT_OF_TIME, Side, Suite
 from benchmarks.gpu_suite.timing import Deadline, HostClock
 from benchmarks.gpu_suite.workers import spread
-from fssa_kernels import residual_film_rms_norm
+from fssa_kernels import explain, modulated_linear, residual_film_rms_norm
 from fssa_kernels.gpu.device import NOMINAL, Device
 from fssa_kernels.gpu.launch import Launch, collecting, launch, options
 from fssa_kernels.gpu.resources import Resources, compile_for, distinct
@@ -398,6 +398,35 @@ def test_a_norm_with_factors_in_fp32_fits_a_gpu_with_little_shared_memory(low_ra
     taken = compile_for(only, device.capability)
     assert taken.shared_bytes <= device.shared_bytes
     assert taken.stack_bytes == 0
+
+
+@pytest.mark.parametrize("num_tokens", [1, 64])
+def test_a_linear_with_factors_in_fp32_fits_the_shared_memory(num_tokens):
+    device = NOMINAL[90]
+    problem = LinearProblem(MODELS["llama-8b"].linears["gate_up"], num_tokens, "static", 128, 1)
+    inputs = problem.inputs("meta", torch.bfloat16)
+    for name in ("lora_a", "lora_b"):
+        inputs[name] = inputs[name].float()
+    with collecting(device) as launches, torch.no_grad():
+        modulated_linear(**inputs, backend="triton")
+    for one in distinct(launches):
+        assert compile_for(one, device.capability).shared_bytes <= device.shared_bytes
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "most"),
+    [(torch.float32, 128, 64), (torch.float32, 192, 32), (torch.bfloat16, 192, 64)],
+    ids=str,
+)
+def test_more_heads_of_a_kv_head_than_registers_hold_are_left_to_others(dtype, head_dim, most):
+    def verdict(group):
+        inputs = AttentionProblem(1, 1, 64, group, 1, head_dim).inputs("meta", dtype)
+        with collecting(NOMINAL[80]):
+            verdicts = explain("paged_attention", **inputs)
+        return next(v.reason for v in verdicts if v.backend == "triton")
+
+    assert f"takes at most {most}" in verdict(most + 1)
+    assert "share a KV head" not in verdict(most)
 
 
 def test_thinning_keeps_every_tile_and_is_always_the_same():

@@ -100,5 +100,5 @@ def device(request, emulated):
     with emulating(emulated, DEVICES[request.param]):
         emulated.seed(0)
         yield DEVICES[request.param]
-    for counters in workspace._WORKSPACES[-1]._counters.values():
+    for counters in workspace.SHARED._counters.values():
         assert not counters.any()

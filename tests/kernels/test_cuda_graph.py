@@ -2,6 +2,8 @@
 
 import contextlib
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -164,6 +166,32 @@ def test_a_graph_counts_in_memory_of_its_own_that_it_never_gives_up():
     assert first.data_ptr() != shared.data_ptr()
     assert any(held is first for held in own._outgrown)
     assert counters(10, cpu).data_ptr() == shared.data_ptr()
+
+
+def test_threads_record_one_after_another_and_count_apart():
+    cpu, shared = torch.device("cpu"), counters(10, torch.device("cpu"))
+    inside, most, found = [], [], {}
+
+    def capture(call):
+        inside.append(None)
+        time.sleep(0.05)  # for the other to come as well
+        most.append(len(inside))
+        found[threading.get_ident()] = counters(10, cpu).data_ptr()
+        inside.pop()
+        return FakeCapture()(call)
+
+    def record():
+        recorded(capture)[1].replay(tokens=1, sequences=1)
+
+    others = [threading.Thread(target=record) for _ in range(2)]
+    for thread in others:
+        thread.start()
+    for thread in others:
+        thread.join()
+    assert most == [1, 1]
+    assert len({shared.data_ptr(), *found.values()}) == 3
+    with own_workspace(Workspace()), ThreadPoolExecutor(1) as other:
+        assert other.submit(counters, 10, cpu).result().data_ptr() == shared.data_ptr()
 
 
 def test_a_capture_that_is_not_ours_gets_counters_that_it_clears_itself(monkeypatch):

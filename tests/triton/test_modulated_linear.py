@@ -50,7 +50,7 @@ def test_every_configuration_is_as_good_as_torch(config, sizes, dtype, use):
     use(CONFIGS[config])
     inputs = make("modulated_linear", dtype, num_tokens=37, in_features=75, **SIZES[sizes])
     check_as_good_as_torch("modulated_linear", inputs, "triton")
-    for zeros in workspace._WORKSPACES[-1]._counters.values():
+    for zeros in workspace.SHARED._counters.values():
         assert not zeros.any()
 
 
@@ -154,13 +154,13 @@ def test_the_heuristic_fits_the_device_and_looks_at_rows_for_the_tile_s_height_o
         few = []
         for num_tokens in (1, 2, 15, 16, 17, 64, 100, 256):
             x = torch.empty(num_tokens, in_features, dtype=dtype, device="meta")
-            config = heuristic(device, x, weight, "gated", splits, epilogue, rank)
+            config = heuristic(device, x, weight, None, "gated", splits, epilogue, rank)
             assert config.way == "fused"
             assert config.num_stages >= 1
             few.append((config.block_n, config.block_k, config.split_k, config.swap))
         assert len(set(few)) == 1
         x = torch.empty(triton_config.VENDOR_FROM_ROWS, in_features, dtype=dtype, device="meta")
-        assert heuristic(device, x, weight, "gated", splits, epilogue, rank).way == "vendor"
+        assert heuristic(device, x, weight, None, "gated", splits, epilogue, rank).way == "vendor"
 
 
 def test_a_measured_configuration_goes_before_the_heuristic_and_rows_are_computed_alike(
@@ -173,9 +173,10 @@ def test_a_measured_configuration_goes_before_the_heuristic_and_rows_are_compute
         lambda op, device, key: table.get(key) if (op, device) == OP_AND_DEVICE else None,
     )
 
-    def chosen(num_tokens, rule=triton_config.choose):
+    def chosen(num_tokens, rule=triton_config.choose, factors=torch.bfloat16):
         x, weight = (torch.empty(n, 4096, dtype=torch.bfloat16) for n in (num_tokens, 6144))
-        return rule(NOMINAL[90], x, weight, "gated", [6144], "none", 16)
+        lora_a = torch.empty(16, 4096, dtype=factors)
+        return rule(NOMINAL[90], x, weight, lora_a, "gated", [6144], "none", 16)
 
     def key(rows):
         return f"bfloat16 gated r16 none 6144x4096 m{rows}"
@@ -195,3 +196,11 @@ def test_a_measured_configuration_goes_before_the_heuristic_and_rows_are_compute
     assert decisive == {("fused", False, 64, 2)}
     table[key(16)]["block_k"] = 256
     assert chosen(256).num_stages < chosen(256, triton_config.heuristic).num_stages
+    # Neither what two measurements make together nor one with wider factors has run like this.
+    large = {"block_t": 16, "block_n": 256, "num_stages": 5}
+    table[key(16)] = {"split_k": 2, **large}
+    table[key(32)] = {**large, "block_t": 32, "num_stages": 4}
+    assert chosen(16).num_stages == 5
+    assert chosen(16, factors=torch.float32).num_stages < 5
+    table[key(16)]["block_k"] = 256
+    assert chosen(32).num_stages < 4

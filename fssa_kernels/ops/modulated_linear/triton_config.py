@@ -64,6 +64,7 @@ def choose(
     device: Device,
     x: Tensor,
     weight: Tensor,
+    lora_a: Tensor | None,
     family: str,
     splits: Sequence[int],
     epilogue: str,
@@ -73,6 +74,7 @@ def choose(
 
     Below `VENDOR_FROM_ROWS` rows either is `alike` what was measured with `ALIKE_ROWS` rows, and
     the heuristic's where that was not: a row's bits do not depend on how many others there are.
+    What was not measured as it is, or with an A of x's dtype, is made to `fit`.
     """
 
     def measured(num_tokens: int) -> Config | None:
@@ -82,18 +84,20 @@ def choose(
 
     own = measured(len(x))
     model = measured(ALIKE_ROWS) if len(x) < VENDOR_FROM_ROWS else own
-    if own is not None and model is not None:
-        return alike(own, model)
-    reasoned = heuristic(device, x, weight, family, splits, epilogue, rank)
+    reasoned = heuristic(device, x, weight, lora_a, family, splits, epilogue, rank)
     if model is None:
         return reasoned
-    return fit(alike(reasoned, model), device, x.element_size(), epilogue != "none", rank)
+    config = alike(own or reasoned, model)
+    if config == own and (lora_a is None or lora_a.dtype == x.dtype):
+        return config
+    return fit(config, device, x, lora_a, epilogue != "none", rank)
 
 
 def heuristic(
     device: Device,
     x: Tensor,
     weight: Tensor,
+    lora_a: Tensor | None,
     family: str,
     splits: Sequence[int],
     epilogue: str,
@@ -130,14 +134,17 @@ def heuristic(
     while tiles * split_k < device.num_sms and split_k < 8 and in_features >= 1024 * split_k:
         split_k *= 2
     config = Config("fused", block_t, block_n, block_k, split_k, swap, 4, 4)
-    return fit(config, device, x.element_size(), paired, rank)
+    return fit(config, device, x, lora_a, paired, rank)
 
 
-def fit(config: Config, device: Device, item_bytes: int, paired: bool, rank: int) -> Config:
+def fit(
+    config: Config, device: Device, x: Tensor, lora_a: Tensor | None, paired: bool, rank: int
+) -> Config:
     """The same with as many stages as the device's shared memory holds."""
     tiles = 2 if paired else 1
-    rows = config.block_t + tiles * (config.block_n + padded_rank(rank))
-    stage_bytes = rows * config.block_k * item_bytes
+    row_bytes = (config.block_t + tiles * config.block_n) * x.element_size()
+    row_bytes += tiles * padded_rank(rank) * (x if lora_a is None else lora_a).element_size()
+    stage_bytes = row_bytes * config.block_k
     # A sixteenth is left to what the compiler keeps there besides the stages.
     stages = max(1, min(config.num_stages, device.shared_bytes * 15 // 16 // stage_bytes))
     return Config(**{**config.__dict__, "num_stages": stages})

@@ -60,7 +60,7 @@ def modulated_linear_triton(
 ) -> Tensor:
     """The public function on inputs that `cannot_triton` accepts; NaN for a slot out of range."""
     rank = 0 if lora_b is None else lora_b.shape[-1]
-    config = choose(facts(x), x, weight, family, splits, epilogue, rank)
+    config = choose(facts(x), x, weight, lora_a, family, splits, epilogue, rank)
     return run_config(
         config, x, weight, bias, lora_a, lora_b, rows, slots, family, splits, epilogue
     )

@@ -30,6 +30,8 @@ KEYS_PER_SPLIT = 256
 MAX_HEAD_DIM = 256
 # Heads of one KV head are rows of one tile.
 MAX_GROUP = 64
+# In fp32, of heads wider than 128: more would spill, and take too much of some GPUs' shared memory.
+MAX_WIDE_GROUP = 32
 # Programs wanted for each multiprocessor before splits stay within a program, and the scratch
 # memory that sharing them out may take. Not measured.
 PROGRAMS_PER_SM = 4
@@ -356,8 +358,9 @@ def cannot_triton(
     if head_dim > MAX_HEAD_DIM:
         return f"heads are {head_dim} wide, the kernel takes at most {MAX_HEAD_DIM}"
     group = q.shape[1] // k_cache.shape[2]
-    if group > MAX_GROUP:
-        return f"{group} heads share a KV head, the kernel takes at most {MAX_GROUP}"
+    most = MAX_WIDE_GROUP if q.dtype == torch.float32 and head_dim > 128 else MAX_GROUP
+    if group > most:
+        return f"{group} heads share a KV head, the kernel takes at most {most} of these"
     return unsupported(
         q=q,
         k_cache=k_cache,
