@@ -1,6 +1,6 @@
 """What every Triton kernel takes of the GPUs it is compiled for, none of which need be there.
 
-    python -m benchmarks.gpu_resources [--targets 80,90,100] [--markdown FILE]
+    python -m benchmarks.gpu_resources [--targets 80,89,90,100,120] [--markdown FILE]
 
 Collects the launches that the backends make on problems of real sizes, compiles each different
 kernel, and prints registers, shared memory, stack and the matrix instruction. The exit status is 1
@@ -36,9 +36,11 @@ from benchmarks.gpu_suite.problems import (
 from benchmarks.gpu_suite.shapes import MODELS, row_width
 from fssa_kernels import explain
 from fssa_kernels.gpu.backend import is_interpreting
-from fssa_kernels.gpu.device import NOMINAL
+from fssa_kernels.gpu.device import KNOWN
 from fssa_kernels.gpu.launch import Launch, collecting
 from fssa_kernels.gpu.resources import Resources, Specialisation, compile_for, distinct
+from fssa_kernels.ops.modulated_linear.triton_bwd import modulated_linear_bwd_triton
+from fssa_kernels.ops.residual_film_rms_norm.triton_bwd import residual_film_rms_norm_bwd_triton
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Kernels whose products of half-precision matrices belong on the tensor cores, and the families
@@ -76,7 +78,7 @@ class Compiled:
         found = []
         if self.resources.stack_bytes:
             found.append(f"spills: {self.resources.stack_bytes} bytes of stack")
-        limit = NOMINAL[self.target].shared_bytes
+        limit = KNOWN[self.target].shared_bytes
         if self.resources.shared_bytes > limit:
             found.append(f"takes {self.resources.shared_bytes} of {limit} bytes of shared memory")
         if self.tensor_core and not self.resources.tensor_core:
@@ -106,9 +108,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--most", type=int, default=MOST_KERNELS, help="kernels of one target")
     options = parser.parse_args(arguments)
     targets = [int(target) for target in options.targets.split(",")]
-    unknown = [target for target in targets if target not in NOMINAL]
+    unknown = [target for target in targets if target not in KNOWN]
     if unknown:
-        parser.error(f"--targets: expected some of {sorted(NOMINAL)}, got {unknown}")
+        parser.error(f"--targets: expected some of {sorted(KNOWN)}, got {unknown}")
     if is_interpreting():
         parser.error("kernels cannot be compiled under TRITON_INTERPRET")
     futures, thinned = [], 0
@@ -180,15 +182,50 @@ def problems() -> Iterator[Problem]:
             yield ExpandProblem(latents, 16, row_width(model, 16))
 
 
+def run_gradients() -> None:
+    """What training launches, on sizes of a real model."""
+    shape = MODELS["llama-8b"].linears["qkv"]
+    tokens, users, hidden = 128, 32, shape.in_features
+    for dtype in DTYPES:
+        for family in ("static", "gated", "core"):
+            for rank in (8, 16, 64):
+                inputs = LinearProblem(shape, tokens, family, rank, users).inputs("meta", dtype)
+                dy = inputs["x"].new_empty(tokens, shape.num_columns)
+                named = (inputs[name] for name in ("x", "weight", "lora_a", "lora_b"))
+                rows, slots = inputs.get("rows"), inputs["slots"]
+                needs = [True, False, False, True, True, rows is not None]
+                modulated_linear_bwd_triton(
+                    dy, *named, rows, slots, family, inputs["splits"], needs
+                )
+        x = torch.empty(tokens, hidden, dtype=dtype, device="meta")
+        film = x.new_empty(users, 2, hidden)
+        slots = torch.empty(tokens, dtype=torch.int32, device="meta")
+        for residual, rows in ((None, None), (x, film)):
+            residual_film_rms_norm_bwd_triton(
+                x,
+                x,
+                x,
+                residual,
+                residual,
+                x[0],
+                rows,
+                slots,
+                1e-5,
+                0.0,
+                [True, False, rows is not None],
+            )
+
+
 def launches(target: int) -> list[Launch]:
     """What the Triton backends would launch on these problems, on a GPU of that capability."""
-    with collecting(NOMINAL[target]) as collected, torch.no_grad():
+    with collecting(KNOWN[target]) as collected, torch.no_grad():
         for problem in problems():
             for dtype in DTYPES:
                 inputs = problem.inputs("meta", dtype)
                 verdicts = explain(problem.op, **inputs)
                 if any(v.backend == "triton" and v.can for v in verdicts):
                     getattr(fssa_kernels, problem.op)(**inputs, backend="triton")
+        run_gradients()
     return collected
 
 

@@ -44,6 +44,12 @@ NOMINAL = {
     90: Device("h100", 90, 132, _SHARED_BYTES[90]),
     100: Device("b200", 100, 148, _SHARED_BYTES[100]),
 }
+# And those whose programs have less shared memory.
+KNOWN = {
+    **NOMINAL,
+    89: Device("l40s", 89, 142, _SHARED_BYTES[89]),
+    120: Device("nvidia_geforce_rtx_5090", 120, 170, _SHARED_BYTES[120]),
+}
 
 
 @functools.cache

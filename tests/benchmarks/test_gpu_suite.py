@@ -30,7 +30,7 @@ from benchmarks.gpu_suite.suite import OUT_OF_MEMORY, OUT_OF_TIME, Side, Suite
 from benchmarks.gpu_suite.timing import Deadline, HostClock
 from benchmarks.gpu_suite.workers import spread
 from fssa_kernels import explain, modulated_linear, residual_film_rms_norm
-from fssa_kernels.gpu.device import NOMINAL, Device
+from fssa_kernels.gpu.device import KNOWN, NOMINAL
 from fssa_kernels.gpu.launch import Launch, collecting, launch, options
 from fssa_kernels.gpu.resources import Resources, compile_for, distinct
 from fssa_kernels.ops.modulated_linear import api
@@ -387,7 +387,7 @@ def test_too_much_shared_memory_and_what_does_not_compile_are_faults():
 
 @pytest.mark.parametrize("low_rank", [100, 192])
 def test_a_norm_with_factors_in_fp32_fits_a_gpu_with_little_shared_memory(low_rank):
-    device = Device("l40s", 89, 142, 99 << 10)
+    device = KNOWN[89]
     inputs = NormProblem(64, 4096, low_rank=low_rank).inputs("meta", torch.bfloat16)
     for name in ("lora_a", "gates"):
         inputs[name] = inputs[name].float()

@@ -264,7 +264,7 @@ def _low_rank_bwd(
                 "stride_b": lora_b.stride(0),
                 "PRECISION": "ieee" if wide else "tf32",
                 "BLOCK_T": block_t,
-                "BLOCK_K": 64,
+                "BLOCK_K": 32 if wide and rank > 32 else 64,
                 "BLOCK_R": padded_rank(rank),
             },
         )
