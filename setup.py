@@ -151,7 +151,8 @@ def find_nvcc() -> str | None:
 def architectures(nvcc: str) -> list[str]:
     """What to compile for: what was asked for, or all of ours that this nvcc knows.
 
-    A list made for other packages begins below what these kernels need: that is passed over.
+    A list made for other packages begins below what these kernels need, or ends in +PTX: that is
+    passed over, and only machine code is made.
     """
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
     known = {name.removeprefix("sm_") for name in _run([nvcc, "--list-gpu-code"]).split()}
