@@ -9,6 +9,7 @@ import torch
 from fssa_runtime.training.choices import read_choices, split_users
 from fssa_runtime.training.records import PreferenceError
 from fssa_runtime.training.reward import RewardConfig, train_reward
+from fssa_runtime.training.reward_sources import reward_source
 
 GOOD = {"user": "u", "options": [[1, 2], [3.5, 4], [5, 6]], "chosen": 1}
 
@@ -93,6 +94,35 @@ def logit_people(path, num_users=150, num_choices=12):
             chosen = int(rng.choice(len(options), p=weights / weights.sum()))
             records.append({"user": user, "options": options.tolist(), "chosen": chosen})
     return write(path, *records)
+
+
+def test_training_and_evaluation_see_their_own_people_alone(tmp_path):
+    """The options' numbers say whose they are."""
+    records = [
+        {"user": user, "options": [[user, k] for k in range(2 + user % 2)], "chosen": 1}
+        for user in range(9)
+        for _ in range(3)
+    ]
+    path = write(tmp_path / "c.jsonl", *records)
+    folds = {"num_folds": 3, "fold": 1}
+    config = RewardConfig.model_validate(
+        {
+            "data": {"kind": "choices", "files": [str(path)], "split_seed": 5, **folds},
+            "tasks": {"context_max": 0},
+            "train": {"output_dir": str(tmp_path), "steps": 1, "tasks_per_batch": 99},
+            "evaluation": {"num_tasks": 99},
+        }
+    )
+    source = reward_source(config, None, None)
+    rows = split_users(read_choices([path]), seed=5, **folds)
+    train, heldout = ({float(records[row]["user"]) for row in of_side} for of_side in rows)
+
+    def seen(tasks):
+        return {user for task in tasks for user in task.target_chosen[:, 0].tolist()}
+
+    assert seen(source.training) == train
+    assert set(source.scaling_sample[:, 0].tolist()) == train
+    assert seen(source.heldout(0)["heldout"]) == heldout
 
 
 def test_a_taste_is_learnt_from_choices_among_several(tmp_path):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from fssa_runtime.conditioning.modulator import Modulator
 from fssa_runtime.errors import InputError
 from fssa_runtime.models.language_model import LanguageModel
 from fssa_runtime.models.packed import PackedOptions
-from fssa_runtime.training.data import read_preferences
+from fssa_runtime.training.data import read_preferences, split_preferences
 from fssa_runtime.training.policy import (
     CONDITIONING_DIR,
     PolicyObjective,
@@ -144,6 +146,33 @@ def test_users_are_told_apart_by_their_choices(
             a, b = answer_logprobs(model.decoder, packed, loaded.modulator.bind(row, slots))
         margins.append(float(a - b))
     assert margins[0] > margins[1] + 1
+
+
+def test_training_and_evaluation_see_their_rows_of_the_split_alone(
+    model: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_choices(tmp_path / "choices.jsonl")
+    seen: dict[str, set[int]] = {"forward": set(), "choice_log_probs": set()}
+
+    def watched(name: str) -> Callable[..., Any]:
+        method = getattr(PolicyObjective, name)
+
+        @functools.wraps(method)
+        def watch(self: PolicyObjective, **batch: torch.Tensor) -> Any:
+            for kind in ("context", "target"):
+                seen[name].update(batch[f"{kind}_rows"][batch[f"{kind}_mask"]].tolist())
+            return method(self, **batch)
+
+        return watch
+
+    for name in seen:
+        monkeypatch.setattr(PolicyObjective, name, watched(name))
+    train_policy(recipe(model, tmp_path, steps=8), model)
+    data = read_preferences([tmp_path / "choices.jsonl"])
+    split = split_preferences(data, heldout_users=0.2, heldout_prompts=0.2, seed=0)
+    assert len(seen["forward"]) > len(seen["choice_log_probs"]) > 0
+    assert seen["forward"] <= set(split.train.tolist())
+    assert seen["choice_log_probs"] <= set(split.heldout.tolist())
 
 
 @pytest.mark.parametrize("several", [False, True])

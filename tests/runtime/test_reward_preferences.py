@@ -7,13 +7,19 @@ import pytest
 import torch
 
 from fssa_runtime.errors import InputError
-from fssa_runtime.training.data import Preference, PreferenceData
+from fssa_runtime.training.data import (
+    Preference,
+    PreferenceData,
+    read_preferences,
+    split_preferences,
+)
 from fssa_runtime.training.reward import (
     RewardConfig,
     embed_preferences,
     load_reward,
     train_reward,
 )
+from fssa_runtime.training.reward_sources import reward_source
 
 
 def write_preferences(path, num_users=24, num_prompts=24):
@@ -89,6 +95,34 @@ def test_embedded_preferences_are_learnt_for_new_users_and_prompts(tmp_path):
     assert again.asked == []
     train_reward(quick, embed=again, embed_fingerprint="fake-2")
     assert sorted(again.asked) == sorted(embed.asked)
+
+
+def test_training_and_every_evaluation_see_their_rows_of_the_split_alone(tmp_path):
+    """An option's vector says whose it is, and after which prompt."""
+    path = tmp_path / "p.jsonl"
+    asked = [(user, prompt) for user in range(10) for prompt in range(10)]
+    with path.open("w") as file:
+        for user, prompt in asked:
+            record = {"user": user, "prompt": str(prompt)}
+            record |= {"chosen": f"{user} well", "rejected": f"{user} badly"}
+            file.write(json.dumps(record) + "\n")
+    config = preference_recipe(tmp_path, path, steps=10)
+    source = reward_source(
+        config, lambda options: torch.tensor([[int(a[0]), float(p)] for p, a in options]), None
+    )
+    split = split_preferences(
+        read_preferences(path), heldout_users=0.2, heldout_prompts=0.5, seed=0
+    )
+
+    def seen(tasks):
+        kinds = ("context_chosen", "context_rejected", "target_chosen", "target_rejected")
+        return {tuple(o) for task in tasks for kind in kinds for o in getattr(task, kind).tolist()}
+
+    train = {asked[row] for row in split.train}
+    assert seen(source.training) == train
+    assert {tuple(option) for option in source.scaling_sample.tolist()} == train
+    for name, tasks in source.heldout(2).items():
+        assert seen(tasks) == {asked[row] for row in getattr(split, name)}, name
 
 
 def test_bad_embeddings_are_refused(tmp_path):
