@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,7 +13,7 @@ from benchmarks import people
 from benchmarks.people import POOLED, POPULATION, POSTERIOR, over_folds, predictors
 from benchmarks.people_data import FEATURES, find_table, write_choices
 from benchmarks.rewards import gap_closed, mean_and_error, over_seeds
-from fssa_runtime.training.choices import read_choices
+from fssa_runtime.training.choices import read_choices, split_users
 from fssa_runtime.training.reward_recipe import RewardConfig
 from fssa_runtime.training.tasks import OptionTask, collate_options
 from fssa_runtime.training.trainer import load_config
@@ -149,12 +150,44 @@ def test_gap_closed_by_hand():
     assert found["5"]["mean"] == pytest.approx(0.75)
 
 
-def test_a_fold_that_was_measured_is_read_and_not_repeated(tmp_path, monkeypatch):
+def fold_of_ten_people(tmp_path, fold):
+    """Nine choices of each; the train takes longer the higher a person's number is."""
     header, first, *_ = SWISSMETRO.splitlines()
-    rows = [f"{user}{first[1:-1]}{1 + n % 3}" for user in range(10) for n in range(9)]
+    rows = [
+        f"{user}{first[1:-1]}{1 + n % 3}".replace(",120,", f",12{user},")
+        for user in range(10)
+        for n in range(9)
+    ]
     converted(tmp_path, "swissmetro", "\n".join([header, *rows, ""]))
     recipe = load_config(people.RECIPES / "swissmetro.yaml", RewardConfig)
-    config = people.of_fold(recipe, tmp_path / "swissmetro.jsonl", 0, 0, tmp_path / "runs")
+    return people.of_fold(recipe, tmp_path / "swissmetro.jsonl", fold, 0, tmp_path / "runs")
+
+
+def test_the_logits_are_estimated_on_the_training_people(tmp_path):
+    """An interpreter that estimates nothing keeps what it was given."""
+    python, kept = tmp_path / "python", tmp_path / "kept.npz"
+    python.write_text(f"#!/bin/sh\ncp \"$3\" {kept}\necho '{{\"draws\": '$5'}}'\n")
+    python.chmod(0o755)
+    config = fold_of_ten_people(tmp_path, 1)
+    (path,) = config.data.files
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    for takes_the_train in records[::3]:
+        takes_the_train["options"].pop()  # and has no car
+    path.write_text("\n".join(map(json.dumps, records)))
+    assert people.estimated(config, python, 7) == {"draws": 7}
+    data = read_choices([path])
+    train, heldout = split_users(data, num_folds=config.data.num_folds, fold=1, seed=0)
+    given = np.load(kept)
+    assert given["persons"].tolist() == [data.users[row] for row in train]
+    assert not {data.users[row] for row in heldout} & set(given["persons"])
+    assert np.array_equal(given["options"][:, 0], data.chosen[train])
+    assert np.array_equal(given["options"][:, 1:], data.rejected[train])
+    assert np.array_equal(given["available"][:, 1:], data.mask[train])
+    assert given["available"][:, 0].all()
+
+
+def test_a_fold_that_was_measured_is_read_and_not_repeated(tmp_path, monkeypatch):
+    config = fold_of_ten_people(tmp_path, 0)
     config.train.output_dir.mkdir(parents=True)
     metrics = {"recipe": config.model_dump(mode="json"), "heldout": {"contexts": {}}}
     contexts = {str(n): {} for n in config.evaluation.contexts}
