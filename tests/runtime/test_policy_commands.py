@@ -17,8 +17,17 @@ from safetensors.torch import load_file
 
 from fssa_runtime.cli import main
 from fssa_runtime.conditioning.checkpoint import WEIGHTS_FILE
+from fssa_runtime.training import swap_test
 from fssa_runtime.training.policy import CONDITIONING_DIR
-from fssa_runtime.training.population import PopulationConfig, build_preferences, write_preferences
+from fssa_runtime.training.population import (
+    PopulationConfig,
+    build_preferences,
+    candidates,
+    heldout_answers,
+    simulate,
+    write_preferences,
+)
+from fssa_runtime.training.reward_recipe import PreferenceFiles
 from fssa_runtime.training.trainer import METRICS_FILE
 
 from .conditioned import small_model
@@ -112,7 +121,7 @@ def evaluate(folder: Path, output: Path) -> int:
 
 
 def test_a_policy_is_trained_measured_and_put_to_the_swap_test(
-    folder: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = folder / "results" / "swap.json"
     assert evaluate(folder, output) == 1, "there is no policy yet"
@@ -135,7 +144,18 @@ def test_a_policy_is_trained_measured_and_put_to_the_swap_test(
     assert json.loads((folder / "run" / METRICS_FILE).read_text())["heldout"] == metrics["heldout"]
     capsys.readouterr()
 
+    offered: list[dict[str, list[str]]] = []
+
+    def watched(answers: dict[str, list[str]], *rest: Any, **settings: Any) -> list:
+        offered.append(answers)
+        return simulate(answers, *rest, **settings)
+
+    monkeypatch.setattr(swap_test, "simulate", watched)
     assert evaluate(folder, output) == 0
+    texts_by_prompt = candidates(ANSWERS, 3)
+    files = PreferenceFiles(kind="preferences", files=(folder / "choices.jsonl",))
+    assert offered == [heldout_answers(files, texts_by_prompt)] * 2, "one for more, one for less"
+    assert 0 < len(offered[0]) < len(texts_by_prompt)
     out = capsys.readouterr().out
     assert "answering under every condition: 12 of 12" in out
     assert "length: more − less =" in out

@@ -17,17 +17,21 @@ from fssa_runtime.training.answers import (
     read_prompts,
     sample_answers,
 )
-from fssa_runtime.training.data import read_preferences
+from fssa_runtime.training.data import read_preferences, split_preferences
 from fssa_runtime.training.population import (
+    NamedUsersConfig,
     PopulationConfig,
+    build_named_users,
     build_preferences,
     candidates,
+    heldout_answers,
     known_weights_accuracy,
     simulate,
     usable_answer,
     user_weights,
     write_preferences,
 )
+from fssa_runtime.training.reward_recipe import PreferenceFiles
 from fssa_runtime.training.tastes import TasteScale, utility
 
 from .conditioned import small_model
@@ -119,6 +123,24 @@ def test_population_is_reproducible_and_has_pure_users(tmp_path: Path) -> None:
     assert len(set(prompts)) == 20  # every prompt once before any twice
     first = gzip.decompress((tmp_path / "a.jsonl.gz").read_bytes()).splitlines()[0]
     assert json.loads(first)["user"] == "user0000"
+
+
+def test_simulated_users_choose_where_nothing_was_trained(tmp_path: Path) -> None:
+    config = PopulationConfig(tastes=("length",), num_users=30, choices_per_user=25, strength=2.0)
+    path = tmp_path / "choices.jsonl"
+    write_preferences(build_preferences(records(), config)[0], path)
+    data = read_preferences(path)
+    split = split_preferences(data, heldout_users=0.2, heldout_prompts=0.3, seed=0)
+    trained = {data.preferences[row].prompt for row in split.train}
+    files = PreferenceFiles(kind="preferences", files=(path,), heldout_prompts=0.3)
+    expected = {prompt: texts for prompt, texts in ANSWERS.items() if prompt not in trained}
+    assert heldout_answers(files, ANSWERS) == expected
+    assert len(expected) == 6
+    named = NamedUsersConfig(
+        population=config, data=files, users={"ann": {"length": 2.0}}, num_choices=6
+    )
+    (ann,) = build_named_users(records(), named)
+    assert {choice.prompt for choice in ann.choices} == set(expected)
 
 
 def test_unknown_taste_and_nothing_to_choose() -> None:
