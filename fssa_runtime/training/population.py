@@ -170,16 +170,18 @@ def simulate(
 def known_weights_accuracy(
     preferences: Sequence[Preference], users: Mapping[str, Mapping[str, float]], scale: TasteScale
 ) -> float:
-    """Share of simulated choices that whoever knew the hidden weights would predict."""
+    """Share of simulated choices that whoever knew the hidden weights would predict; between two
+    answers of one utility they are right half the time."""
 
-    def prefers(preference: Preference) -> bool:
+    def right(preference: Preference) -> float:
         chosen, rejected = preference.chosen, preference.rejected
         assert isinstance(chosen, str)
         assert isinstance(rejected, str)
         weights = users[preference.user]
-        return utility(weights, chosen, scale) > utility(weights, rejected, scale)
+        gap = utility(weights, chosen, scale) - utility(weights, rejected, scale)
+        return (gap > 0) + 0.5 * (gap == 0)
 
-    return statistics.fmean(map(prefers, preferences))
+    return statistics.fmean(map(right, preferences))
 
 
 def heldout_answers(

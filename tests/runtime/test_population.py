@@ -17,7 +17,7 @@ from fssa_runtime.training.answers import (
     read_prompts,
     sample_answers,
 )
-from fssa_runtime.training.data import read_preferences, split_preferences
+from fssa_runtime.training.data import Preference, read_preferences, split_preferences
 from fssa_runtime.training.population import (
     NamedUsersConfig,
     PopulationConfig,
@@ -210,3 +210,17 @@ def test_who_knows_the_weights_predicts_what_is_not_noise() -> None:
     assert predictable(strength=1000.0) == 1.0
     assert predictable(-1.0, strength=1000.0) == 0.0
     assert 0.45 < predictable(strength=0.01) < 0.55
+
+
+def test_between_answers_of_one_utility_who_knows_the_weights_is_right_half_the_time() -> None:
+    """Whichever of them was chosen; neither has a list, which is all that counts here."""
+    short, long, listed = "some words", "some more words in a longer row", "- one\n- two\n- three"
+    scale = TasteScale.fit([short, long, listed], ["lists"])
+
+    def predictable(*chosen_and_rejected: tuple[str, str]) -> float:
+        preferences = [Preference("u", "p", *both) for both in chosen_and_rejected]
+        return known_weights_accuracy(preferences, {"u": {"lists": 2.0}}, scale)
+
+    assert predictable((short, long)) == predictable((long, short)) == 0.5
+    assert predictable((listed, short), (short, long)) == 0.75
+    assert predictable((short, listed), (short, long)) == 0.25
