@@ -18,7 +18,7 @@ from ..models.language_model import LanguageModel
 from .checkpoint import Conditioning
 from .choices import Choice, ChoiceLike, arranged, checked_choices, options_of
 from .embedding import MAX_BATCH_TOKENS, Steps, embedding_steps, result_of
-from .encoder import ContextSummary, Latent, PreferenceEncoder
+from .encoder import ContextSummary, Latent, PreferenceEncoder, check_choices
 
 
 @dataclass(frozen=True)
@@ -63,15 +63,16 @@ def update_belief(
     options (all, if None). Options as the encoder reads them.
 
     Raises:
-        InputError: NaN or infinity among the real options, or shapes that do not fit.
+        InputError: NaN or infinity among the real options, shapes that do not fit, a mask not bool.
     """
     real = torch.ones(rejected.shape[:-1], dtype=torch.bool) if mask is None else mask
-    if not torch.isfinite(chosen).all() or not torch.isfinite(rejected[real]).all():
-        raise InputError("choices: expected finite options, got NaN or infinity")
     try:
-        return _extended(encoder, belief, chosen, rejected, real)
+        check_choices(chosen[None], rejected[None], real[None], encoder.config.option_dim)
     except (ValueError, TypeError) as error:
         raise InputError(f"choices: {error}") from error
+    if not torch.isfinite(chosen).all() or not torch.isfinite(rejected[real]).all():
+        raise InputError("choices: expected finite options, got NaN or infinity")
+    return _extended(encoder, belief, chosen, rejected, real)
 
 
 def learn_choices(

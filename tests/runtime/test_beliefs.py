@@ -89,6 +89,32 @@ def test_more_choices_of_one_kind_make_surer():
     assert (belief.std - prior_belief(encoder).std).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("aggregate", ["mean", "sum", "attention"])
+@pytest.mark.parametrize("several", [False, True])
+def test_what_does_not_fit_is_named(aggregate, several):
+    """Also where there is a belief already, whose options the new ones would join."""
+    encoder = make_encoder(aggregate, False)
+    belief = update_belief(encoder, prior_belief(encoder), torch.zeros(1, 3), torch.zeros(1, 3))
+
+    def options(n=2, size=3):
+        return torch.zeros(n, 4, size) if several else torch.zeros(n, size)
+
+    shape = (2, 4) if several else (2,)
+    longer, shorter = (torch.ones(n, *shape[1:], dtype=torch.bool) for n in (3, 1))
+    for chosen, rejected, mask, message in (
+        (torch.zeros(2, 3), options(), longer, "mask: expected"),
+        (torch.zeros(2, 3), options(), shorter, "mask: expected"),
+        (torch.zeros(2, 3), options(), torch.ones(shape), r"mask: expected dtype torch\.bool"),
+        (torch.zeros(2, 3), options(), torch.ones(shape).long(), "mask: expected dtype"),
+        (torch.zeros(2, 2), options(size=2), None, r"chosen: expected \[U, n, 3\]"),
+        (torch.zeros(2, 3), options(size=2), None, "rejected: expected the shape of chosen"),
+        (torch.zeros(2, 3), options(n=1), None, "rejected: expected the shape of chosen"),
+        (torch.zeros(3), options(), None, r"chosen: expected \[U, n, 3\]"),
+    ):
+        with pytest.raises(InputError, match=f"choices: {message}"):
+            update_belief(encoder, belief, chosen, rejected, mask)
+
+
 def test_bad_choices_change_nothing():
     encoder = make_encoder("mean", False)
     belief = prior_belief(encoder)
@@ -97,8 +123,6 @@ def test_bad_choices_change_nothing():
         update_belief(encoder, belief, bad, torch.zeros(1, 3))
     with pytest.raises(InputError, match="choices: expected finite options"):
         update_belief(encoder, belief, torch.zeros(1, 3), bad)
-    with pytest.raises(InputError, match=r"choices: chosen: expected \[U, n, 3\]"):
-        update_belief(encoder, belief, torch.zeros(1, 2), torch.zeros(1, 2))
     padded = update_belief(
         encoder,
         belief,
