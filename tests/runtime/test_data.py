@@ -137,10 +137,24 @@ def test_choices_among_several_are_read_where_they_can_be_used(tmp_path):
         read_preferences(path, pairs_only=True)
 
 
-def test_a_truncated_gzip_file_is_named(tmp_path):
+def cut_off(packed):
+    return packed[:-12]
+
+
+def flip_checksum(packed):
+    return packed[:-8] + bytes([packed[-8] ^ 1]) + packed[-7:]
+
+
+def flip_first_block(packed):
+    """The kind of the first compressed block, behind ten bytes of header, is one there is not."""
+    return packed[:10] + bytes([packed[10] | 0b110]) + packed[11:]
+
+
+@pytest.mark.parametrize("damage", [cut_off, flip_checksum, flip_first_block])
+def test_a_damaged_gzip_file_is_named(tmp_path, damage):
     path = tmp_path / "p.jsonl.gz"
-    path.write_bytes(gzip.compress((json.dumps(TEXT) + "\n").encode() * 50)[:-12])
-    with pytest.raises(PreferenceError, match="expected a complete gzip file"):
+    path.write_bytes(damage(gzip.compress((json.dumps(TEXT) + "\n").encode() * 50)))
+    with pytest.raises(PreferenceError, match=r"p\.jsonl\.gz: expected a complete gzip file"):
         read_preferences(path)
 
 
