@@ -13,7 +13,6 @@ are ignored. Files may be gzip-compressed.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,8 @@ from fssa_runtime.training.records import (
     numbered_records,
     user_of,
 )
+
+LARGEST = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -144,13 +145,13 @@ def _parse(record: Mapping[str, Any], where: str) -> tuple[str, str, np.ndarray]
         )
     for number, option in enumerate(options):
         numbers = isinstance(option, list) and all(
-            isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+            isinstance(x, int | float) and not isinstance(x, bool) and abs(x) <= LARGEST
             for x in option
         )
         if not numbers or len(option) != len(options[0]) or not option:
             raise PreferenceError(
-                f"{where}: field 'options': option {number}: expected finite numbers, as many as "
-                f"in option 0, got {json.dumps(option)}"
+                f"{where}: field 'options': option {number}: expected finite numbers (float32), "
+                f"as many as in option 0, got {json.dumps(option)}"
             )
     chosen = record["chosen"]
     if isinstance(chosen, bool) or not isinstance(chosen, int) or not 0 <= chosen < len(options):

@@ -39,9 +39,11 @@ def test_the_chosen_option_comes_first_and_padding_is_masked(tmp_path):
 
 BAD = [
     ({**GOOD, "options": [[1, 2]]}, "field 'options': expected a list of at least two"),
-    ({**GOOD, "options": [[1, 2], [1]]}, "option 1: expected finite numbers, as many as"),
+    ({**GOOD, "options": [[1, 2], [1]]}, "option 1: expected finite numbers .float32., as many as"),
     ({**GOOD, "options": [[1, 2], [1, True]]}, "option 1: expected finite numbers"),
     ({**GOOD, "options": [[1, 2], [1, float("nan")]]}, "option 1: expected finite numbers"),
+    ({**GOOD, "options": [[1, 2], [1, -1e39]]}, r"option 1: .* \(float32\), .* got \[1, -1e\+39\]"),
+    ({**GOOD, "options": [[1, 2], [1, 10**400]]}, "option 1: expected finite numbers"),
     ({**GOOD, "options": [[], []]}, "option 0: expected finite numbers"),
     ({**GOOD, "options": [[1], [2]]}, "expected vectors of length 2 as before, got 1"),
     ({**GOOD, "chosen": 3}, r"field 'chosen': expected 0\.\.2, got 3"),
