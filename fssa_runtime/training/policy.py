@@ -45,7 +45,7 @@ from .progress import counted
 from .prompted import prompted_scores
 from .reward_model import load_reward
 from .tasks import EVALUATION, TaskDataset, TooFewChoicesError, collate_rows
-from .trainer import FitResult, fit, write_metrics
+from .trainer import FitResult, fit, forget_metrics, write_metrics
 
 OPTIONS_FILE = "options.safetensors"
 CONDITIONING_DIR = "conditioning"
@@ -192,7 +192,7 @@ class PolicyResult:
 
 
 def train_policy(config: PolicyConfig, model: LanguageModel) -> PolicyResult:
-    """Train a conditioning by ``config`` on ``model``, evaluate it, write both.
+    """Train a conditioning by ``config`` on ``model``, write it, evaluate it, write that too.
 
     Files in ``train.output_dir``: ``conditioning/`` (the checkpoint), ``metrics.json``,
     ``options.safetensors`` (the cache, if it is kept there) and the trainer's checkpoints. With
@@ -250,18 +250,22 @@ def train_policy(config: PolicyConfig, model: LanguageModel) -> PolicyResult:
     conditioning = Conditioning(
         encoder.eval(), modulator.eval(), config.embedding, config.model, model.fingerprint
     )
-    conditioning.round_(getattr(torch, config.save_dtype))
-    if not process().is_main:
-        return PolicyResult(conditioning, {}, outcome)
-    heldout = evaluate_policy(objective, data, split, config)
-    metrics = _write_metrics(config, folder, heldout, outcome.seconds)
-    conditioning.notes = {
-        "heldout": [
-            {"n": int(n), "accuracy": entry["accuracy"], "standard_error": entry["accuracy_se"]}
-            for n, entry in heldout["contexts"].items()
-        ]
-    }
-    conditioning.save(folder / CONDITIONING_DIR, dtype=getattr(torch, config.save_dtype))
+    dtype = getattr(torch, config.save_dtype)
+    conditioning.round_(dtype)
+    metrics: dict[str, Any] = {}
+    if process().is_main:
+        forget_metrics(folder)
+        checkpoint = folder / CONDITIONING_DIR
+        conditioning.save(checkpoint, dtype=dtype)  # before it is measured, which may fail
+        heldout = evaluate_policy(objective, data, split, config)
+        conditioning.notes = {
+            "heldout": [
+                {"n": int(n), "accuracy": entry["accuracy"], "standard_error": entry["accuracy_se"]}
+                for n, entry in heldout["contexts"].items()
+            ]
+        }
+        conditioning.save(checkpoint, dtype=dtype)  # the same weights, with the notes
+        metrics = _write_metrics(config, folder, heldout, outcome.seconds)
     return PolicyResult(conditioning, metrics, outcome)
 
 

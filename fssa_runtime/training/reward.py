@@ -40,7 +40,13 @@ from fssa_runtime.training.reward_sources import (
 )
 from fssa_runtime.training.synthetic import Population, SyntheticTasks
 from fssa_runtime.training.tasks import OptionTask, collate_options
-from fssa_runtime.training.trainer import FitResult, cpu_threads, fit, write_metrics
+from fssa_runtime.training.trainer import (
+    FitResult,
+    cpu_threads,
+    fit,
+    forget_metrics,
+    write_metrics,
+)
 
 __all__ = [
     "Embed",
@@ -81,7 +87,7 @@ def train_reward(
     on_embedded: Callable[[int, int], None] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> RewardResult:
-    """Train a reward model by `config`, evaluate it, and write both to train.output_dir.
+    """Train a reward model by `config`, write it to train.output_dir, evaluate it, write that too.
 
     embed: needed for data.kind "preferences": a list of m (prompt, completion) → [m, E] float.
     It is called once for every distinct option. embed_fingerprint: names what embeds (model,
@@ -110,25 +116,26 @@ def train_reward(
         recipe=config.decisive(),
         callbacks=callbacks,
     )
-    if not process().is_main:
-        return RewardResult(model, {}, outcome)
-    with cpu_threads(config.train.cpu_threads):
-        measured = evaluate_reward(model, source, config.evaluation)
-    metrics = {
-        "recipe": config.model_dump(mode="json"),
-        "train_seconds": outcome.seconds,
-        **measured,
-    }
-    folder = config.train.output_dir
-    reading = None
-    if config.options is not None and base_fingerprint is not None:
-        reading = TextReading(
-            base_model=config.options.model,
-            base_fingerprint=base_fingerprint,
-            embedding=config.options.embedding,
-        )
-    save_reward(model, folder, reading)
-    write_metrics(folder, metrics)
+    metrics: dict[str, Any] = {}
+    if process().is_main:
+        folder = config.train.output_dir
+        reading = None
+        if config.options is not None and base_fingerprint is not None:
+            reading = TextReading(
+                base_model=config.options.model,
+                base_fingerprint=base_fingerprint,
+                embedding=config.options.embedding,
+            )
+        forget_metrics(folder)
+        save_reward(model, folder, reading)  # before it is measured, which may fail
+        with cpu_threads(config.train.cpu_threads):
+            measured = evaluate_reward(model, source, config.evaluation)
+        metrics = {
+            "recipe": config.model_dump(mode="json"),
+            "train_seconds": outcome.seconds,
+            **measured,
+        }
+        write_metrics(folder, metrics)
     return RewardResult(model, metrics, outcome)
 
 

@@ -138,6 +138,11 @@ def write_metrics(folder: Path, metrics: Mapping[str, Any]) -> None:
     write_atomically(folder / METRICS_FILE, (json.dumps(metrics, indent=2) + "\n").encode())
 
 
+def forget_metrics(folder: Path) -> None:
+    """Before a run's weights replace those that the folder's metrics, if there are any, are of."""
+    (folder / METRICS_FILE).unlink(missing_ok=True)
+
+
 def training_device(settings: TrainSettings) -> torch.device:
     """Where this process computes: a frozen base model has to lie there before `fit`."""
     if settings.device == "cpu" or (settings.device == "auto" and not torch.cuda.is_available()):

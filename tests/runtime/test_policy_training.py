@@ -270,6 +270,26 @@ def test_a_resumed_run_equals_an_uninterrupted_one(model: LanguageModel, tmp_pat
         assert torch.equal(resumed.conditioning.tensors()[name], tensor), name
 
 
+def test_what_was_trained_is_kept_though_measuring_fails(
+    model: LanguageModel, tmp_path: Path
+) -> None:
+    """Nor do an earlier run's notes and metrics stay, which are of other weights."""
+    write_choices(tmp_path / "choices.jsonl")
+    earlier = train_policy(recipe(model, tmp_path, steps=2), model).conditioning
+    assert earlier is not None
+    config = recipe(model, tmp_path, steps=2, seed=1, overwrite=True)
+    nobody = config.evaluation.model_copy(update={"contexts": (1000,)})
+    with pytest.raises(InputError, match="nobody made 1000 choices"):
+        train_policy(config.model_copy(update={"evaluation": nobody}), model)
+    folder = tmp_path / "run"
+    kept = load_conditioning(folder / CONDITIONING_DIR, model.decoder, model.fingerprint)
+    assert not (folder / METRICS_FILE).exists()
+    assert kept.notes == {}
+    expected = train_policy(config, model).conditioning
+    assert expected is not None
+    assert kept.fingerprint == expected.fingerprint != earlier.fingerprint
+
+
 def test_who_has_said_nothing_meets_the_base_model(model: LanguageModel, tmp_path: Path) -> None:
     write_choices(tmp_path / "choices.jsonl")
     config = recipe(model, tmp_path).model_copy(update={"nobody_is_base": True})

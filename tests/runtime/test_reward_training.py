@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from fssa_runtime.training.reward import RewardConfig, train_reward
-from fssa_runtime.training.trainer import latest_checkpoint
+from fssa_runtime.training import reward
+from fssa_runtime.training.reward import RewardConfig, load_reward, train_reward
+from fssa_runtime.training.trainer import METRICS_FILE, latest_checkpoint
 
 from .reward_recipes import small_recipe
 
@@ -156,6 +157,23 @@ def test_a_resumed_run_is_the_same_run(tmp_path, gradient_accumulation):
     again = train_reward(tiny_recipe(tmp_path / "b", resume=True, **train))
     assert again.fit.resumed_at == 20
     assert all(torch.equal(expected[k], v) for k, v in again.model.state_dict().items())
+
+
+def test_what_was_trained_is_kept_though_measuring_fails(tmp_path, monkeypatch):
+    """Nor do an earlier run's metrics stay, which are of other weights."""
+    train_reward(tiny_recipe(tmp_path))
+    measured = []
+
+    def fail(model, *_):
+        measured.append(model.state_dict())
+        raise RuntimeError("no more memory")
+
+    monkeypatch.setattr(reward, "evaluate_reward", fail)
+    with pytest.raises(RuntimeError, match="no more memory"):
+        train_reward(tiny_recipe(tmp_path, seed=1, overwrite=True))
+    kept = load_reward(tmp_path).state_dict()
+    assert all(torch.equal(kept[name], tensor) for name, tensor in measured[0].items())
+    assert not (tmp_path / METRICS_FILE).exists()
 
 
 def test_a_run_is_resumed_by_its_own_recipe_only(tmp_path):
