@@ -75,7 +75,7 @@ class Modulator(nn.Module):
         """
         if not 0 < strength <= 1:
             raise ValueError(f"strength: expected a number in (0, 1], got {strength}")
-        identity = self.layout.identity()[: self.layout.generated_width]
+        identity = self.layout.identity()[: self.layout.generated_width].to(self.expand_bias)
         self.expand_weight.mul_(strength)
         self.expand_bias.copy_(torch.lerp(identity, self.expand_bias, strength))
 

@@ -183,8 +183,8 @@ class _LogProbs(NamedTuple):
 
 @dataclass(frozen=True)
 class PolicyResult:
-    """A trained conditioning and what the run did (both None where nothing is trained), and what
-    was measured (by the main one of several processes, empty elsewhere)."""
+    """A trained conditioning, on the CPU, and what the run did (both None where nothing is
+    trained), and what was measured (by the main one of several processes, empty elsewhere)."""
 
     conditioning: Conditioning | None
     metrics: dict[str, Any]
@@ -266,6 +266,8 @@ def train_policy(config: PolicyConfig, model: LanguageModel) -> PolicyResult:
         }
         conditioning.save(checkpoint, dtype=dtype)  # the same weights, with the notes
         metrics = _write_metrics(config, folder, heldout, outcome.seconds)
+    for part in (encoder, modulator):
+        part.cpu()  # where the options of new choices are, and where one that is loaded lies
     return PolicyResult(conditioning, metrics, outcome)
 
 

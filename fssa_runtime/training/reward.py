@@ -70,8 +70,8 @@ NOISE_SEED = 0
 
 @dataclass(frozen=True)
 class RewardResult:
-    """A trained reward: the model, what was measured (by the main one of several processes, empty
-    elsewhere), and what the run did."""
+    """A trained reward: the model, on the CPU, what was measured (by the main one of several
+    processes, empty elsewhere), and what the run did."""
 
     model: RewardModel
     metrics: dict[str, Any]
@@ -136,7 +136,7 @@ def train_reward(
             **measured,
         }
         write_metrics(folder, metrics)
-    return RewardResult(model, metrics, outcome)
+    return RewardResult(model.cpu(), metrics, outcome)
 
 
 def evaluate_reward(
@@ -188,7 +188,9 @@ def evaluate_reward(
         if source.population is not None:
             _add_limits(metrics[name], source.population, tasks_by_n, settings)
             if settings.identification:
-                _add_identification(metrics[name], source.population, tasks_by_n, settings, score)
+                _add_identification(
+                    metrics[name], source.population, tasks_by_n, settings, score, device
+                )
     model.train(was_training)
     return metrics
 
@@ -221,6 +223,7 @@ def _add_identification(
     tasks_by_n: dict[int, Dataset[OptionTask]],
     settings: EvaluationSettings,
     score: Callable[[dict[str, Tensor]], Scores],
+    device: torch.device,
 ) -> None:
     """The error on targets where the two kinds choose differently: there, to predict the choice is
     to name the kind."""
@@ -233,7 +236,11 @@ def _add_identification(
         return batch
 
     measured = evaluate(
-        score, tasks_by_n, collate=collate_conflicts, batch_size=settings.batch_size
+        score,
+        tasks_by_n,
+        collate=collate_conflicts,
+        batch_size=settings.batch_size,
+        device=device,
     )
     for n in tasks_by_n:
         entry, found = metrics["contexts"][str(n)], measured["contexts"][str(n)]
