@@ -156,14 +156,23 @@ class RewardConfig(_Strict):
                 f"tasks.disjoint_by: expected 'pair' for data of kind {kind!r}, which has no "
                 "prompts"
             )
-        if self.evaluation.identification and (
-            not isinstance(self.data, SyntheticData) or self.data.num_options != 2
-        ):
-            raise ValueError("evaluation.identification: expected false except on synthetic pairs")
+        if self.evaluation.identification:
+            self._check_identification()
         several = isinstance(self.data, SyntheticData) and self.data.num_options != 2
         if self.model == "dpl" and several:
             raise ValueError("data.num_options: expected 2 for model 'dpl', a model of pairs")
         return self
+
+    def _check_identification(self) -> None:
+        data, refused = self.data, "evaluation.identification: expected false"
+        if not isinstance(data, SyntheticData) or data.num_options != 2:
+            raise ValueError(f"{refused} except on synthetic pairs")
+        if data.mode is not None:
+            raise ValueError(f"{refused} with data.mode, where all users are of one kind")
+        if Population(data.population, data.rho).agreement == 1:
+            raise ValueError(
+                f"{refused} at data.rho {data.rho}, where both kinds of users choose alike"
+            )
 
     def model_for(self, option_dim: int) -> RewardModelConfig:
         """The network this recipe asks for, for options of size `option_dim`."""

@@ -45,6 +45,17 @@ BAD_RECIPES = [
         "evaluation.identification: expected false except on synthetic pairs",
     ),
     (
+        {"data": {"mode": 1}, "evaluation": {"identification": True}},
+        "evaluation.identification: expected false with data.mode",
+    ),
+    (
+        {
+            "data": {"population": "normal", "rho": 1.0},
+            "evaluation": {"identification": True},
+        },
+        r"evaluation.identification: expected false at data.rho 1.0, where both kinds .* alike",
+    ),
+    (
         {"model": "dpl", "encoder": None, "data": {"num_options": 3}},
         "data.num_options: expected 2 for model 'dpl'",
     ),
