@@ -5,8 +5,8 @@
 Four kinds of people want more or less of one of two tastes (`recipes/text_study`). One DPO policy
 for everybody is the floor, a DPO policy dedicated to each kind the ceiling, and choices pasted into
 the prompt what costs no training. Between them stands NP-DPO, conditioned on n choices of people
-and for prompts it never met, with the families of modulation at about equal numbers a user, and
-FiLM on every block, as in the paper. A run that is finished in the folder of runs, by the same
+and for prompts it never met, with the families of modulation at about equal numbers stored a user,
+and FiLM on every block, as in the paper. A run that is finished in the folder of runs, by the same
 recipe, is read and not repeated, one that was cut off goes on from its last checkpoint. What the
 folder lacks is taken from an earlier result if one is given (`--earlier`), seed by seed. A seed
 counts once it has the floor and the ceilings, every policy by the seeds that it was trained with.
@@ -24,7 +24,7 @@ from typing import Any
 from benchmarks.kept_runs import finished, same_run, without_folder
 from benchmarks.rewards import mean_and_error, over_seeds
 from benchmarks.text_population import ROOT, make_choices
-from fssa_runtime.conditioning.layout import RowLayout
+from fssa_runtime.conditioning.layout import GROUPS, RowLayout
 from fssa_runtime.errors import InputError
 from fssa_runtime.files import write_atomically
 from fssa_runtime.models.language_model import LanguageModel
@@ -72,6 +72,17 @@ def variants(recipe: PolicyConfig) -> dict[str, PolicyConfig]:
     made[PROMPT] = {"method": "prompt", "modulator": None}
     made[PROMPT] |= {"init_encoder": None, "freeze_encoder": False, "nobody_is_base": False}
     return {name: PolicyConfig.model_validate(base | changes) for name, changes in made.items()}
+
+
+def acting(name: str, stored: int) -> int:
+    """How many of the numbers stored for a user act, of one of `FAMILIES`.
+
+    A stacked matrix has an equal piece for each of its projections; what is not modulated there has
+    zeros for A and B, whatever its piece says.
+    """
+    sites = set(FAMILIES[name].get("sites", ()))
+    pieces = [linear for group in GROUPS.values() if sites & set(group) for linear in group]
+    return stored * len(sites) // len(pieces) if sites else stored
 
 
 def recipes_in(dtype: str | None) -> tuple[RewardConfig, PolicyConfig]:

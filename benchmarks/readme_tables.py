@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_suite.report import targets_table
-from benchmarks.policies import is_bounded
+from benchmarks.policies import acting, is_bounded
 from benchmarks.rewards import mean_and_error
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -228,30 +228,31 @@ def policies() -> str:
     most = contexts[-1]
     columns = [*contexts, f"worst kind at {most}, %", f"NLL at {most}", f"of the gap at {most}, %"]
     lines = [
-        f"| choices n | seeds | numbers a user | {' | '.join(columns)} |",
+        f"| choices n | seeds | numbers a user: stored, acting | {' | '.join(columns)} |",
         "|---|---|---|" + "---|" * len(columns),
     ]
 
-    def row(name: str, seeds: int, numbers: int | str, cells: list[str]) -> None:
+    def row(name: str, seeds: int, cells: list[str]) -> None:
         cells += [""] * (len(columns) - len(cells))
+        numbers = f"{sizes[name]}, {acting(name, sizes[name])}" if name in sizes else ""
         lines.append(f"| {name}, % | {seeds} | {numbers} | {' | '.join(cells)} |")
 
     floor = summary[everybody]
-    row(everybody, len(floor["seeds"]), "", [_seeds(floor["mean"]["0"]["accuracy"], 100, 1)])
+    row(everybody, len(floor["seeds"]), [_seeds(floor["mean"]["0"]["accuracy"], 100, 1)])
     for name in held_against:
         mean = summary[name]["mean"]
         cells = [_seeds(mean[n]["accuracy"], 100, 1) for n in contexts]
         cells.append(_seeds(mean[most]["worst_accuracy"], 100, 1))
         cells.append(_seeds(mean[most]["nll"], 1, 3))
         cells.append(_seeds(summary[name]["gap_closed"][most], 100, 1))
-        row(name, len(summary[name]["seeds"]), sizes.get(name, ""), cells)
+        row(name, len(summary[name]["seeds"]), cells)
     dedicated = [name for name in summary if name not in (everybody, *held_against)]
     own = [
         statistics.fmean(runs[name]["contexts"]["0"]["accuracy"] for name in dedicated)
         for runs in result["runs"]
         if is_bounded(runs)
     ]
-    row("DPO, each kind alone", len(own), "", [_seeds(mean_and_error(own), 100, 1)])
+    row("DPO, each kind alone", len(own), [_seeds(mean_and_error(own), 100, 1)])
     return "\n".join(lines)
 
 

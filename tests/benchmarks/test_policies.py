@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import policies
+from benchmarks import policies, readme_tables
 from benchmarks.kept_runs import same_run
 from benchmarks.policies import (
     EVERYBODY,
@@ -16,6 +16,7 @@ from benchmarks.policies import (
     KINDS,
     PROMPT,
     RECIPES,
+    acting,
     closed,
     planned,
     read_earlier,
@@ -24,7 +25,8 @@ from benchmarks.policies import (
     variants,
 )
 from benchmarks.text_population import ROOT
-from fssa_runtime.conditioning.layout import RowLayout
+from fssa_runtime.conditioning.layout import ModulatorConfig, RowLayout
+from fssa_runtime.conditioning.modulator import Modulator
 from fssa_runtime.errors import InputError
 from fssa_runtime.integrations.modules import ModelShape
 from fssa_runtime.training.policy_recipe import PolicyConfig
@@ -90,7 +92,7 @@ def test_a_policy_counts_by_its_seeds_that_have_floor_and_ceilings() -> None:
     assert summary({0: {"NP-DPO, gated": low}}) == {}
 
 
-def test_families_are_compared_at_about_equal_numbers_a_user() -> None:
+def test_families_are_compared_at_about_equal_numbers_stored_a_user() -> None:
     every = variants(load_config(RECIPES / "policy.yaml", PolicyConfig))
     model = ModelShape(30, 576, (576, 192, 192), (1536, 1536))
     sizes = {}
@@ -100,6 +102,28 @@ def test_families_are_compared_at_about_equal_numbers_a_user() -> None:
         sizes[name] = RowLayout(modulator, model).generated_width
     assert sizes.pop("NP-DPO, film") == 2 * 576 * 30  # the paper's: every block
     assert max(sizes.values()) < 1.03 * min(sizes.values())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_numbers_that_act_are_those_whose_factors_are_not_zero(name: str) -> None:
+    """Counted in a small model's modulator: a row of A for every number of gated, for R of core."""
+    config = ModulatorConfig(latent_dim=2, families=[FAMILIES[name] | {"layers": [0, 2]}])
+    modulator = Modulator(config, ModelShape(3, 24, (24, 8, 8), (40, 40)))
+    counted = 0
+    for site in modulator.layout.sites:
+        if site.family == "film":
+            counted += site.width
+        else:
+            rows_of_a = modulator.stacked(site)[0].count_nonzero(dim=1).count_nonzero()
+            counted += int(rows_of_a) * (site.rank if site.family == "core" else 1)
+    assert acting(name, modulator.layout.generated_width) == counted
+
+
+def test_the_readme_table_tells_the_numbers_that_act() -> None:
+    shown = {line.split(" | ")[0]: line for line in readme_tables.policies().splitlines()}
+    assert "| 2310, 1650 |" in shown["| NP-DPO, gated, %"]
+    assert "| 2352, 1680 |" in shown["| NP-DPO, core, %"]
+    assert "| 2304, 2304 |" in shown["| NP-DPO, film, two blocks, %"]
 
 
 def test_a_run_is_read_only_if_its_recipe_is_the_same(tmp_path: Path) -> None:
