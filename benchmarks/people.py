@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.kept_runs import finished, same_run, without_folder
+from benchmarks.kept_runs import finished, same_run, trained, without_folder
 from benchmarks.people_data import FEATURES, find_table, write_choices
 from benchmarks.rewards import RECIPES, ROOT, mean_and_error
 from fssa_runtime.conditioning.encoder import antithetic_noise, real_choices
@@ -122,13 +122,13 @@ def of_fold(
 
 def measure(config: RewardConfig, python: Path, draws: int) -> dict[str, Any]:
     """All four predictors on the held-out people of one fold, from the run's folder if they were
-    measured there before, by the same recipe and with as many draws."""
+    measured there before, by the same recipe, on the same choices and with as many draws."""
     measured = config.train.output_dir / FOLD_FILE
     if measured.is_file():
         found: dict[str, Any] = json.loads(measured.read_text(encoding="utf-8"))
-        if same_run(found["np_btl"]["recipe"], config) and found["logit"]["draws"] == draws:
+        if same_run(found["np_btl"], config) and found["logit"]["draws"] == draws:
             return found | {"np_btl": without_folder(found["np_btl"])}
-    metrics = finished(config) or train_reward(config).metrics
+    metrics = finished(config) or trained(config, lambda: train_reward(config).metrics)
     logits = estimated(config, python, draws)
     source = reward_source(config, None, None)
     tasks_by_n = {}

@@ -7,9 +7,10 @@ for everybody is the floor, a DPO policy dedicated to each kind the ceiling, and
 the prompt what costs no training. Between them stands NP-DPO, conditioned on n choices of people
 and for prompts it never met, with the families of modulation at about equal numbers stored a user,
 and FiLM on every block, as in the paper. A run that is finished in the folder of runs, by the same
-recipe, is read and not repeated, one that was cut off goes on from its last checkpoint. What the
-folder lacks is taken from an earlier result if one is given (`--earlier`), seed by seed. A seed
-counts once it has the floor and the ceilings, every policy by the seeds that it was trained with.
+recipe and from the same encoder, is read and not repeated, one that was cut off goes on from its
+last checkpoint. What the folder lacks is taken from an earlier result if one is given
+(`--earlier`), seed by seed. A seed counts once it has the floor and the ceilings, every policy by
+the seeds that it was trained with.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.kept_runs import finished, same_run, without_folder
+from benchmarks.kept_runs import finished, inputs_of, same_run, trained, without_folder
 from benchmarks.rewards import mean_and_error, over_seeds
 from benchmarks.text_population import ROOT, make_choices
 from fssa_runtime.conditioning.layout import GROUPS, RowLayout
@@ -101,24 +102,32 @@ def recipes_in(dtype: str | None) -> tuple[RewardConfig, PolicyConfig]:
 def planned(config: PolicyConfig, folder: Path, seed: int) -> tuple[PolicyConfig, dict | None]:
     """The recipe with its folder and seed, and the metrics of a run by it that is finished there.
 
-    A run by it that was cut off is to be resumed, one by another recipe to be overwritten.
+    A run by it that was cut off is to be resumed, one by another recipe or from another encoder to
+    be overwritten.
     """
     settings = {"output_dir": folder, "seed": seed, "resume": False, "overwrite": True}
     wanted = _with_train(config, settings)
     metrics = finished(wanted)
-    if metrics is None and (folder / STARTED_FILE).is_file():
-        started = json.loads((folder / STARTED_FILE).read_text(encoding="utf-8"))
-        if same_run(started, wanted):
-            wanted = _with_train(wanted, {"resume": True, "overwrite": False})
+    if metrics is None and (folder / STARTED_FILE).is_file() and same_run(_started(folder), wanted):
+        wanted = _with_train(wanted, {"resume": True, "overwrite": False})
     return wanted, metrics
 
 
 def train(config: PolicyConfig, model: LanguageModel) -> dict[str, Any]:
     """Metrics of what is trained by a `planned` recipe, which the folder remembers from now on."""
     folder = config.train.output_dir
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / STARTED_FILE, config.model_dump_json(indent=1).encode())
-    return train_policy(config, model).metrics
+    if not config.train.resume:
+        folder.mkdir(parents=True, exist_ok=True)
+        started = {"recipe": config.model_dump(mode="json"), "inputs": inputs_of(config)}
+        write_atomically(folder / STARTED_FILE, json.dumps(started, indent=1).encode())
+    inputs = _started(folder).get("inputs", {})
+    return trained(config, lambda: train_policy(config, model).metrics, inputs)
+
+
+def _started(folder: Path) -> dict[str, Any]:
+    """The recipe and the inputs of the run that was started there; once it was the recipe alone."""
+    found: dict[str, Any] = json.loads((folder / STARTED_FILE).read_text(encoding="utf-8"))
+    return found if "recipe" in found else {"recipe": found}
 
 
 def _with_train(config: PolicyConfig, settings: Mapping[str, Any]) -> PolicyConfig:
@@ -222,10 +231,10 @@ def main() -> int:
     except InputError as error:
         parser.error(str(error))
     conditioned = {name for name, config in every.items() if config.init_encoder is not None}
-    if finished(reward_recipe) is None and conditioned & set(options.only or every):
-        print("the reward whose encoder they begin with", flush=True)
-        reward_by_recipe(reward_recipe)
     reward = finished(reward_recipe)
+    if reward is None and conditioned & set(options.only or every):
+        print("the reward whose encoder they begin with", flush=True)
+        reward = trained(reward_recipe, lambda: reward_by_recipe(reward_recipe).metrics)
     if reward is not None:
         rewards[recipe.dtype] = without_folder(reward)
     model = LanguageModel.load(recipe.model, dtype=recipe.dtype, show_progress=True)

@@ -186,10 +186,13 @@ def test_the_logits_are_estimated_on_the_training_people(tmp_path):
     assert given["available"][:, 0].all()
 
 
-def test_a_fold_that_was_measured_is_read_and_not_repeated(tmp_path, monkeypatch):
+@pytest.fixture
+def fold(tmp_path, monkeypatch):
+    """A recipe for one fold, the file of its choices, and what `people.measure` calls to measure
+    it, which does nothing."""
     config = fold_of_ten_people(tmp_path, 0)
     config.train.output_dir.mkdir(parents=True)
-    metrics = {"recipe": config.model_dump(mode="json"), "heldout": {"contexts": {}}}
+    metrics = {"recipe": config.model_dump(mode="json")}
     contexts = {str(n): {} for n in config.evaluation.contexts}
     calls = []
 
@@ -204,10 +207,34 @@ def test_a_fold_that_was_measured_is_read_and_not_repeated(tmp_path, monkeypatch
 
     monkeypatch.setattr(people, "train_reward", train_reward)
     monkeypatch.setattr(people, "estimated", estimated)
-    found = people.measure(config, Path("python"), 7)
+    return SimpleNamespace(config=config, choices=config.data.files[0], calls=calls)
+
+
+def test_a_fold_that_was_measured_is_read_and_not_repeated(fold):
+    found = people.measure(fold.config, Path("python"), 7)
     assert found["contexts"]["0"][POOLED]["nll"] == pytest.approx(math.log(3))
     assert "output_dir" not in found["np_btl"]["recipe"]["train"]
-    assert people.measure(config, Path("python"), 7) == found
-    assert calls == ["NP-BTL", "logit"]
-    people.measure(config, Path("python"), 8)
-    assert calls[2:] == ["NP-BTL", "logit"]
+    assert people.measure(fold.config, Path("python"), 7) == found
+    assert fold.calls == ["NP-BTL", "logit"]
+    people.measure(fold.config, Path("python"), 8)
+    assert fold.calls[2:] == ["logit"]
+
+
+def test_a_fold_is_measured_anew_on_other_choices(fold):
+    people.measure(fold.config, Path("python"), 7)
+    fold.choices.write_text("".join(fold.choices.read_text().splitlines(True)[:-1]))
+    people.measure(fold.config, Path("python"), 7)
+    assert fold.calls[2:] == ["NP-BTL", "logit"]
+
+
+def test_a_fold_whose_choices_were_not_recorded_is_read_and_that_is_said(fold, capsys):
+    people.measure(fold.config, Path("python"), 7)
+    assert capsys.readouterr().out == ""
+    kept = fold.config.train.output_dir / people.FOLD_FILE
+    found = json.loads(kept.read_text())
+    del found["np_btl"]["inputs"]
+    kept.write_text(json.dumps(found))
+    fold.choices.write_text("")
+    people.measure(fold.config, Path("python"), 7)
+    assert fold.calls == ["NP-BTL", "logit"]
+    assert "not known whether its data changed" in capsys.readouterr().out

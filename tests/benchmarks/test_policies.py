@@ -30,6 +30,7 @@ from fssa_runtime.conditioning.modulator import Modulator
 from fssa_runtime.errors import InputError
 from fssa_runtime.integrations.modules import ModelShape
 from fssa_runtime.training.policy_recipe import PolicyConfig
+from fssa_runtime.training.reward_model import WEIGHTS_FILE
 from fssa_runtime.training.trainer import load_config
 
 COMMITTED = ROOT / "benchmarks" / "results" / "cpu" / "policies.json"
@@ -163,6 +164,71 @@ def test_a_run_is_resumed_only_by_its_own_recipe(
     assert (other.train.resume, other.train.overwrite) == (False, True)
 
 
+def from_encoder(folder: Path, weights: bytes) -> PolicyConfig:
+    """A conditioned policy's recipe, the weights of whose encoder's reward are these."""
+    folder.mkdir(exist_ok=True)
+    (folder / WEIGHTS_FILE).write_bytes(weights)
+    config = variants(load_config(RECIPES / "policy.yaml", PolicyConfig))["NP-DPO, gated"]
+    files = folder / "preferences.jsonl"
+    files.write_bytes(b"")
+    data = config.data.model_copy(update={"files": (files,)})
+    return config.model_copy(update={"init_encoder": folder, "data": data})
+
+
+def test_a_run_from_another_encoder_is_neither_read_nor_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    encoder, run = tmp_path / "reward", tmp_path / "run"
+    config = from_encoder(encoder, b"one")
+
+    def train_policy(trained: PolicyConfig, _: object) -> SimpleNamespace:
+        if (run / "cut").exists():
+            raise KeyboardInterrupt
+        return SimpleNamespace(metrics={"recipe": trained.model_dump(mode="json"), "heldout": 1})
+
+    monkeypatch.setattr(policies, "train_policy", train_policy)
+    run.mkdir()
+    (run / "cut").touch()
+    with pytest.raises(KeyboardInterrupt):
+        policies.train(planned(config, run, 3)[0], None)  # type: ignore[arg-type]
+    assert planned(config, run, 3)[0].train.resume
+    from_encoder(encoder, b"two")
+    assert planned(config, run, 3)[0].train.overwrite
+    from_encoder(encoder, b"one")
+    (run / "cut").unlink()
+    resumed, _ = planned(config, run, 3)
+    metrics = policies.train(resumed, None)  # type: ignore[arg-type]
+    assert planned(config, run, 3)[1] == metrics
+    assert capsys.readouterr().out == ""
+    from_encoder(encoder, b"two")
+    again, metrics = planned(config, run, 3)
+    assert metrics is None
+    assert (again.train.resume, again.train.overwrite) == (False, True)
+
+
+def test_a_run_whose_encoder_was_not_recorded_is_read_and_resumed_and_that_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = from_encoder(tmp_path / "reward", b"one")
+    started, _ = planned(config, tmp_path, 3)
+    recipe = started.model_dump(mode="json")
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    resumed, _ = planned(config, tmp_path, 3)
+    assert resumed.train.resume
+    said = f"{tmp_path}: not known whether its data and initial encoder changed"
+    assert said in capsys.readouterr().out
+    metrics = {"recipe": recipe, "heldout": 1}
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    assert planned(config, tmp_path, 3)[1] == metrics
+    assert said in capsys.readouterr().out
+    # What it began with is as unknown once it has gone on to its end.
+    monkeypatch.setattr(policies, "train_policy", lambda *_: SimpleNamespace(metrics=metrics))
+    policies.train(resumed, None)  # type: ignore[arg-type]
+    from_encoder(tmp_path / "reward", b"two")
+    assert planned(config, tmp_path, 3)[1] is not None
+    assert said in capsys.readouterr().out
+
+
 def test_conditioned_policies_see_every_kind_as_often_as_its_own_policy_does() -> None:
     every = variants(load_config(RECIPES / "policy.yaml", PolicyConfig))
     dedicated = {every[f"DPO, {kind}"].train.steps for kind in KINDS}
@@ -228,5 +294,5 @@ def test_policies_begin_with_a_reward_that_reads_in_their_dtype() -> None:
     changed = {"dtype": own.dtype, "init_encoder": own.init_encoder}
     assert policy.model_copy(update=changed) == own
     recorded = own.model_dump(mode="json") | {"dtype": "float32"}
-    assert not same_run(recorded, policy)
+    assert not same_run({"recipe": recorded}, policy)
     assert recipes_in("bfloat16") == (own_reward, own)
