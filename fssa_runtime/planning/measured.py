@@ -117,16 +117,20 @@ def _read_decode(found: Mapping[str, Any], model: ModelSize) -> _Reading:
 
 
 def _read_profile(found: Mapping[str, Any], model: ModelSize) -> _Reading:
-    """Steps part by part from ``cpu_profile``: milliseconds, every row with as many keys."""
+    """Steps part by part from ``cpu_profile``: milliseconds, every row with as many keys.
+
+    What passes between two steps counts with the step; earlier files do not have it.
+    """
     points, attention, keys = [], 0.0, 0
+    between = found.get("between_steps")
     for text, rows in found["steps"].items():
         batch, parts = int(text), rows[_ROW]
-        points.append((batch, 1e-3 * (sum(parts.values()) - parts["paged_attention"])))
+        besides = statistics.median(between[text][_ROW]) if between is not None else 0.0
+        points.append((batch, 1e-3 * (sum(parts.values()) - parts["paged_attention"] + besides)))
         if batch * found["keys"] > keys:
             keys = batch * found["keys"]
             attention = 1e-3 * parts["paged_attention"]
-    notes = [
-        "time between the steps (scheduling, Python) is not in the file",
-        "prompts are not in the file: their tokens take what one more row of the batch takes",
-    ]
+    notes = ["prompts are not in the file: their tokens take what one more row of the batch takes"]
+    if between is None:
+        notes.append("time between the steps (scheduling, Python) is not in the file")
     return sorted(points), attention / keys, 0.0, notes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +61,18 @@ def test_measured_decoding_gives_back_what_was_measured() -> None:
     assert lines[992] == pytest.approx(2 * lines[512] - lines[32])
 
 
-def test_measured_profile() -> None:
-    file, model = RESULTS / "profile.json", model_size(SMOLLM, 16)
-    found = json.loads(file.read_text())
+@pytest.mark.parametrize("with_between", [True, False])
+def test_measured_profile(tmp_path: Path, with_between: bool) -> None:
+    file, model = tmp_path / "profile.json", model_size(SMOLLM, 16)
+    found = json.loads((RESULTS / "profile_avx2.json").read_text())
+    between = found["between_steps"] if with_between else found.pop("between_steps")
+    file.write_text(json.dumps(found))
     measured = read_measured(file, model, MACHINES["h100"], 16)
     parts = found["steps"]["32"]["all distinct"]
     terms = measured.terms(Step(32, 0, 32 * found["keys"], 32 * found["keys"]))
-    assert sum(terms.values()) == pytest.approx(1e-3 * sum(parts.values()))
+    besides = statistics.median(between["32"]["all distinct"]) if with_between else 0.0
+    assert sum(terms.values()) == pytest.approx(1e-3 * (sum(parts.values()) + besides))
+    assert any("time between the steps" in note for note in measured.notes) is not with_between
     assert terms["attention"] == pytest.approx(1e-3 * parts["paged_attention"])
     assert any("does not name its model" in note for note in measured.notes)
 
