@@ -250,7 +250,8 @@ def _add_plan(commands: Subparsers) -> None:
         "--measured",
         type=Path,
         metavar="FILE",
-        help="step times: JSON of benchmarks.cpu_decode or benchmarks.cpu_profile",
+        help="step times: JSON of benchmarks.cpu_decode or benchmarks.cpu_profile; not beside "
+        "--overhead-ms, nor --tflops of a named machine",
     )
     load = plan.add_argument_group("the load")
     load.add_argument("--users", type=int, metavar="N", help="who send requests (1000000)")

@@ -19,7 +19,7 @@ from .measured import read_measured
 from .memory import plan_memory
 from .report import describe, show
 from .result import Objectives
-from .shapes import model_size
+from .shapes import ModelSize, model_size
 from .trace import Lengths, Trace
 
 _LONGEST = 8192  # tokens of a request, unless it is said
@@ -53,7 +53,7 @@ class PlanOptions:
     memory_gb: float | None = None
     bandwidth_gb_s: float | None = None
     tflops: float | None = None
-    overhead_ms: float = 0.0
+    overhead_ms: float | None = None
     measured: Path | None = None
     seed: int = 0
     json_file: Path | None = None
@@ -79,12 +79,9 @@ def run_plan(options: PlanOptions, console: Console) -> dict[str, Any]:
         page_size=options.page_size,
         slots=options.slots,
     )
-    step_time: StepTime = Roofline(model, machine, options.overhead_ms / 1e3)
-    if options.measured is not None:
-        step_time = read_measured(options.measured, model, machine, options.rank)
     service = Service(
         memory=memory,
-        step_time=step_time,
+        step_time=_step_time(options, model, machine),
         objectives=Objectives(options.ttft_ms / 1e3, options.itl_ms / 1e3),
         trace=trace,
         max_streams=options.max_streams,
@@ -114,7 +111,7 @@ def run_plan(options: PlanOptions, console: Console) -> dict[str, Any]:
 
 def _trace(options: PlanOptions, max_positions: int) -> tuple[Trace, int]:
     """The load, and tokens of its longest request."""
-    longest = options.max_length or min(max_positions, _LONGEST)
+    longest = min(max_positions, _LONGEST) if options.max_length is None else options.max_length
     if not 2 <= longest <= max_positions:
         raise InputError(
             f"--max-length: expected 2 to {max_positions} (the model's positions), got {longest}"
@@ -142,6 +139,21 @@ def _trace(options: PlanOptions, max_positions: int) -> tuple[Trace, int]:
         seed=options.seed,
     )
     return trace, longest
+
+
+def _step_time(options: PlanOptions, model: ModelSize, machine: Machine) -> StepTime:
+    if options.measured is None:
+        return Roofline(model, machine, (options.overhead_ms or 0.0) / 1e3)
+    given = {"overhead-ms": options.overhead_ms}
+    if options.machine != "custom":  # which is described by all of its figures
+        given["tflops"] = options.tflops
+    for name, value in given.items():
+        if value is not None:
+            raise InputError(
+                f"--{name}: expected none beside --measured, which says how long steps take, "
+                f"got {value:g}"
+            )
+    return read_measured(options.measured, model, machine, options.rank)
 
 
 def _machine(options: PlanOptions) -> Machine:

@@ -147,6 +147,9 @@ def test_a_run_that_fails_stops_early() -> None:
     assert result.requests < 200
 
 
+MEASURED = ["--measured", str(RESULTS / "decode.json")]
+
+
 def plan(*more: str, model: str = SMOLLM, machine: str = "h100") -> int:
     return main(["plan", "--model", model, "--machine", machine, *more])
 
@@ -171,7 +174,7 @@ def test_the_command_with_measured_steps_looks_for_a_rate(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--bandwidth-gb-s", "40", "--tflops", "0.4", "--memory-gb", "8"]
-    options += ["--measured", str(RESULTS / "decode.json"), "--requests", "60", "--users", "1000"]
+    options += [*MEASURED, "--requests", "60", "--users", "1000"]
     options += ["--max-streams", "16", "--step-tokens", "64", "--json", str(tmp_path / "a.json")]
     options += ["--output-tokens", "16", "--prompt-tokens", "16"]
     assert plan(*options, machine="custom") == 0
@@ -198,6 +201,7 @@ def test_the_command_with_measured_steps_looks_for_a_rate(
         (["--prompt-tokens", "0"], "--prompt-tokens: expected 1"),
         (["--output-tokens", "100000"], "--output-tokens: expected 1"),
         (["--max-length", "100000"], "--max-length: expected 2 to 8192"),
+        (["--max-length", "0"], "--max-length: expected 2 to 8192"),
         (["--max-streams", "0"], "streams of a step"),
         (["--max-streams", "64", "--step-tokens", "32"], "streams of a step"),
         (["--page-size", "0"], "page"),
@@ -205,6 +209,9 @@ def test_the_command_with_measured_steps_looks_for_a_rate(
         (["--ttft", "0"], "objective"),
         (["--overhead-ms", "-1"], "overhead"),
         (["--measured", "/nowhere.json"], "No such file"),
+        ([*MEASURED, "--overhead-ms", "500"], "--overhead-ms: expected none beside --measured"),
+        ([*MEASURED, "--overhead-ms", "0"], "--overhead-ms: expected none beside --measured"),
+        ([*MEASURED, "--tflops", "500"], "--tflops: expected none beside --measured"),
         (["--memory-gb", "0.5", "--users", "256", "--max-length", "8192"], "the longest request"),
     ],
 )
