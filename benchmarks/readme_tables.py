@@ -21,6 +21,7 @@ from typing import Any
 from benchmarks.gpu_suite.report import targets_table
 from benchmarks.policies import acting, is_bounded
 from benchmarks.rewards import mean_and_error
+from benchmarks.serving import trace_of
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "cpu"
@@ -389,12 +390,14 @@ def serving() -> str:
     result = read("serving.json")
     if result is None:
         return NOT_MEASURED
-    loads = result["open"]
+    loads, settings = result["open"], result["settings"]
     titles = [
-        f"{load['arrivals']}, {load['rate']:.1f} requests/s: first token, then (ms), in time"
+        f"{load['arrivals']}, {load['num_requests']} at {load['rate']:.1f} requests/s: "
+        "first token, then (ms), in time"
         for load in loads
     ]
-    lines = [f"| | tokens/s, all waiting | {' | '.join(titles)} |", "|---" * (2 + len(loads)) + "|"]
+    columns = [f"tokens/s, {settings['requests']} waiting", *titles]
+    lines = [f"| | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
     for side, label in SERVING_SIDES.items():
         if side not in result["closed"]:
             continue
@@ -403,12 +406,20 @@ def serving() -> str:
         cells = [f"{speed:.0f}" + ("" if ratio is None else f" ({ratio:.2f}×)")]
         cells += [_times(load["sides"].get(side)) for load in loads]
         lines.append(f"| {label} | {' | '.join(cells)} |")
+    asked = list(trace_of(argparse.Namespace(**settings), "poisson", 1.0).arrivals())
+    prompt, answer = (
+        statistics.fmean(getattr(one, name) for one in asked)
+        for name in ("prompt_tokens", "output_tokens")
+    )
     lines += [
         "",
+        f"Those waiting have {prompt:.0f} tokens and {answer:.0f} to write on average; one at a "
+        f"time are the first {min(settings['concurrency'], len(asked))} of them, and those of the "
+        f"loads are from {' and '.join(str(load['num_users']) for load in loads)} users. "
         "In brackets: how many times as fast every request another user is, round by round. Times "
-        "are medians, in brackets the 95th percentile; in time are requests whose tokens all came "
-        "within the objectives. The loads are "
-        f"{result['settings']['load']:.0%} of what is held by: "
+        "are medians, in brackets the 95th percentile; in time are requests whose first token "
+        f"came within {settings['ttft']:,.0f} ms and every other within {settings['itl']:,.0f} ms "
+        f"of the one before. The loads are {settings['load']:.0%} of what is held by: "
         + "; ".join(dict.fromkeys(SERVING_SIDES[load["share_of"]].strip("*") for load in loads))
         + ".",
     ]

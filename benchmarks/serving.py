@@ -213,7 +213,7 @@ class Benchmark:
             raise RuntimeError(f"gate: {name}: {error}") from error
 
     def _arrivals(self, kind: str, rate: float) -> list[Arrival]:
-        return list(_trace(self.options, kind, rate).arrivals())
+        return list(trace_of(self.options, kind, rate).arrivals())
 
 
 def show(result: dict[str, Any], absent: dict[str, str], console: Console) -> None:
@@ -265,7 +265,8 @@ def _objectives(options: argparse.Namespace) -> tuple[float, float]:
     return options.ttft / 1e3, options.itl / 1e3
 
 
-def _trace(options: argparse.Namespace, kind: str, rate: float) -> Trace:
+def trace_of(options: argparse.Namespace, kind: str, rate: float) -> Trace:
+    """The requests of a run with these options; their lengths do not depend on kind and rate."""
     on = BURST / (CROWDING * rate)
     return Trace(
         rate=rate,

@@ -104,7 +104,7 @@ def test_bursts_keep_the_rate_and_crowd() -> None:
     spread = {}
     for kind in ("poisson", "bursty"):
         options = parse(["--requests", "4000"])
-        times = [a.time for a in serving._trace(options, kind, 5.0).arrivals()]
+        times = [a.time for a in serving.trace_of(options, kind, 5.0).arrivals()]
         assert 4000 / times[-1] == pytest.approx(5.0, rel=0.15)
         counts = [0] * (int(times[-1]) + 1)
         for moment in times:
@@ -380,6 +380,10 @@ def test_no_arrivals_are_refused() -> None:
         parse(["--arrivals", ""])
 
 
+def settings_of(bench: Benchmark) -> dict[str, Any]:
+    return {k: v for k, v in vars(bench.options).items() if not isinstance(v, Path)}
+
+
 def test_the_readme_table_has_every_side_and_load(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -389,7 +393,7 @@ def test_the_readme_table_has_every_side_and_load(
         json.dumps(
             {
                 **result,
-                "settings": {"load": 0.6},
+                "settings": settings_of(bench),
                 "absent": {"hf": "hf: there is no environment"},
             }
         )
@@ -403,3 +407,36 @@ def test_the_readme_table_has_every_side_and_load(
     rows = [line for line in table.splitlines() if line.startswith("|")]
     assert len({row.count("|") for row in rows}) == 1
     assert rows[0].count("requests/s") == 3
+
+
+def test_the_readme_table_says_what_was_asked_and_what_is_in_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--seconds", "0.1", "--ttft", "2000", "--itl", "70"]
+    bench, _ = make_benchmark(SPEEDS, ["--output-tokens", "20", *options])
+    asked: dict[tuple[bool, int], list[Ask]] = {}
+    for side in bench.sides.values():
+
+        def remember(some: Sequence[Ask], come_back: bool, play: Any = side.play) -> Played:
+            asked[come_back, len(some)] = list(some)
+            return play(some, come_back)
+
+        monkeypatch.setattr(side, "play", remember)
+    *_, result = bench.measure()
+    record = {**result, "settings": settings_of(bench), "absent": {}}
+    (tmp_path / "serving.json").write_text(json.dumps(record))
+    monkeypatch.setattr(readme_tables, "RESULTS", tmp_path)
+    table = readme_tables.serving()
+    waiting = asked[False, 12]
+    prompt = statistics.fmean(len(one.prompt_tokens) for one in waiting)
+    answer = statistics.fmean(one.new_tokens for one in waiting)
+    assert f"have {prompt:.0f} tokens and {answer:.0f} to write on average" in table
+    assert round(answer) != 20
+    assert "tokens/s, 12 waiting" in table
+    assert "the first 4 of them" in table
+    for load in result["open"]:
+        requests = asked[True, load["num_requests"]]
+        assert len(requests) == 8
+        assert f"{load['arrivals']}, {len(requests)} at " in table
+        assert str(len({one.user for one in requests})) in table.split("of the loads are from")[1]
+    assert "first token came within 2,000 ms and every other within 70 ms" in table
