@@ -236,6 +236,8 @@ class Modulated:
             )
 
     def _take_latents(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        # A pass that was interrupted, not failed, did not come to the hook that drops its latents.
+        self._current.once = None
         latents = kwargs.pop("latents", None)
         if latents is not None:
             if not isinstance(latents, torch.Tensor) or latents.ndim != 2:
@@ -251,18 +253,19 @@ class Modulated:
         """The model's ``generate``: prompts are counted once, before it repeats rows."""
         assert self._generate is not None
         rows = self._current.rows
-        if rows is None:
-            return self._generate(*args, **kwargs)
-        names = ("inputs", "input_ids", "inputs_embeds")
-        given = args[0] if args else next((kwargs[n] for n in names if n in kwargs), None)
-        if given is not None:
-            rows.check(len(given))
-        with self._for(rows.repeatable()):
+        if rows is not None:
+            names = ("inputs", "input_ids", "inputs_embeds")
+            given = args[0] if args else next((kwargs[n] for n in names if n in kwargs), None)
+            if given is not None:
+                rows.check(len(given))
+            rows = rows.repeatable()
+        with self._for(rows):
             return self._generate(*args, **kwargs)
 
     @contextmanager
     def _for(self, rows: Rows | None) -> Iterator[None]:
         before, self._current.rows = self._current.rows, rows
+        self._current.once = None
         try:
             yield
         finally:

@@ -387,6 +387,35 @@ def test_wrong_numbers_of_rows(model: LanguageModel, theirs: Any) -> None:
     assert torch.equal(base, theirs(token_batch(3)).logits)
 
 
+@pytest.mark.parametrize("then", ["base", "backbone", "generate", "infer"])
+def test_an_interrupted_pass_leaves_no_latents_behind(
+    then: str, model: LanguageModel, theirs: Any
+) -> None:
+    steered = modulate(theirs, random_conditioning(model, "mixed"))
+    tokens, z = token_batch(1), latents(2)
+
+    def computed() -> torch.Tensor:
+        if then == "base":
+            return theirs(tokens).logits
+        if then == "infer":
+            return steered.infer(model.tokenizer, CHOICES)
+        with steered.users(z[1]):
+            if then == "backbone":
+                return theirs.model(tokens).last_hidden_state
+            options = {"max_new_tokens": 1, "output_logits": True, "pad_token_id": 0}
+            return theirs.generate(tokens, **options, return_dict_in_generate=True).logits[0]
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    expected = computed()
+    hook = theirs.model.norm.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        theirs(tokens, latents=z[:1])
+    hook.remove()
+    assert torch.equal(computed(), expected)
+
+
 def test_bad_users(model: LanguageModel, theirs: Any) -> None:
     steered = modulate(theirs, random_conditioning(model, "gated"), latents={"ana": latents(1)[0]})
     for whose, message in [
