@@ -85,6 +85,8 @@ def _without_adapters(model: nn.Module) -> Iterator[None]:
     """Switch off what PEFT put into a model, before or after it was given to `modulate`."""
     wrappers: list[Any] = [m for m in model.modules() if hasattr(m, "base_layer")]
     active = [wrapper for wrapper in wrappers if not wrapper.disable_adapters]
+    # To PEFT an adapter that is switched on is one to be trained.
+    trained = [(p, p.requires_grad) for wrapper in active for p in wrapper.parameters()]
     for wrapper in active:
         wrapper.enable_adapters(False)
     try:
@@ -92,6 +94,8 @@ def _without_adapters(model: nn.Module) -> Iterator[None]:
     finally:
         for wrapper in active:
             wrapper.enable_adapters(True)
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
 
 
 def _inner(model: Any) -> Any:

@@ -522,3 +522,21 @@ def test_choices_are_read_by_the_base_itself(
     steered.remove()
     with pytest.raises(InputError, match="need an encoder"):
         modulate(theirs, conditioning.modulator).infer(model.tokenizer, CHOICES)
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_reading_choices_leaves_what_is_trained(
+    trainable: bool, model: LanguageModel, theirs: Any
+) -> None:
+    """With ``trainable`` an adapter that is in the model already is frozen, and stays so."""
+    config = peft.LoraConfig(r=2, target_modules=["up_proj"], init_lora_weights=False)
+    theirs = peft.get_peft_model(theirs, config)
+    steered = modulate(theirs, random_conditioning(model, "mixed"), trainable=trainable)
+
+    def trained() -> list[str]:
+        return [name for name, p in theirs.named_parameters() if p.requires_grad]
+
+    before = trained()
+    assert any("lora_A" in name for name in before) is not trainable
+    steered.infer(model.tokenizer, CHOICES)
+    assert trained() == before
