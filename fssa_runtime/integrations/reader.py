@@ -36,7 +36,7 @@ class _HiddenStates:
         """Final normed hidden states ``[T, C]``, one sequence after the other."""
         assert isinstance(attention, PackedAttention)
         backbone = _inner(self.model).base_model
-        was_training = self.model.training
+        modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         try:
             with torch.no_grad(), _without_adapters(self.model):
@@ -47,7 +47,8 @@ class _HiddenStates:
                     ]
                 )
         finally:
-            self.model.train(was_training)
+            for module, training in modes:
+                module.training = training
 
 
 def as_language_model(model: nn.Module, tokenizer: Any, fingerprint: str) -> LanguageModel:

@@ -540,3 +540,11 @@ def test_reading_choices_leaves_what_is_trained(
     assert any("lora_A" in name for name in before) is not trainable
     steered.infer(model.tokenizer, CHOICES)
     assert trained() == before
+
+
+def test_reading_choices_leaves_every_module_in_its_mode(model: LanguageModel, theirs: Any) -> None:
+    theirs.train()
+    theirs.model.layers[1].eval()
+    before = {name: module.training for name, module in theirs.named_modules()}
+    modulate(theirs, random_conditioning(model, "mixed")).infer(model.tokenizer, CHOICES)
+    assert {name: module.training for name, module in theirs.named_modules()} == before
