@@ -19,7 +19,7 @@ from .conditioning.merge import merged, reference_answer_logprobs
 from .conditioning.shipped import shipped_conditioning
 from .conditioning.user_weights import UserWeights
 from .errors import InputError
-from .files import write_atomically
+from .files import check_writable, write_atomically
 from .llm import LLM
 from .models.language_model import LanguageModel
 from .models.pull import DEFAULT_MODEL
@@ -47,10 +47,11 @@ class DemoOptions:
 
 
 def run_demo(options: DemoOptions, console: Console) -> dict[str, Any]:
-    """Run it, print it, write the JSON if wanted; returns what the JSON holds.
+    """Run it, write the JSON if wanted, print it; returns what the JSON holds.
 
     Raises:
-        InputError: as the loaders do, or more users wanted than there are.
+        InputError: as the loaders do, more users wanted than there are, an unknown taste, or no
+            place for the JSON.
     """
     folder = options.conditioning or shipped_conditioning(options.model)
     if folder is None:
@@ -61,7 +62,11 @@ def run_demo(options: DemoOptions, console: Console) -> dict[str, Any]:
     users = _pick(read_users(options.users_file or folder / USERS_FILE), options.num_users)
     if not options.prompt.strip():
         raise InputError("--prompt: expected some text, got none")
-    console.print(f"[bold]model[/]  {options.model}  ({options.dtype}, {options.device})")
+    tastes = [_described(user) for user in users]
+    if options.json_file is not None:
+        check_writable(options.json_file)
+    about = f"  {options.model}  ({options.dtype}, {options.device})"
+    console.print(Text.assemble(("model", "bold"), about))
     model = LanguageModel.load(
         options.model,
         dtype=options.dtype,
@@ -91,10 +96,10 @@ def run_demo(options: DemoOptions, console: Console) -> dict[str, Any]:
             {
                 "name": user.name,
                 "choices": [choice._asdict() for choice in user.choices],
-                "taste": describe(user.weights) if user.weights else None,
+                "taste": taste,
                 "text": text,
             }
-            for user, text in zip(users, texts[1:], strict=True)
+            for user, taste, text in zip(users, tastes, texts[1:], strict=True)
         ],
         "unmodulated_text": texts[0],
         "batch_rows": len(rows),
@@ -113,12 +118,9 @@ def run_demo(options: DemoOptions, console: Console) -> dict[str, Any]:
             for user, text in zip(users, texts[1:], strict=True)
         ],
     }
-    _print(result, console)
     if options.json_file is not None:
-        try:
-            write_atomically(options.json_file, (json.dumps(result, indent=2) + "\n").encode())
-        except OSError as error:
-            raise InputError(f"--json {options.json_file}: {error.strerror}") from error
+        write_atomically(options.json_file, (json.dumps(result, indent=2) + "\n").encode())
+    _print(result, console)
     return result
 
 
@@ -128,6 +130,13 @@ def _pick(users: Sequence[ExampleUser], wanted: int | None) -> list[ExampleUser]
     if not 1 <= wanted <= len(users):
         raise InputError(f"--users: expected 1 to {len(users)} (so many are known), got {wanted}")
     return list(users[:wanted])
+
+
+def _described(user: ExampleUser) -> str | None:
+    try:
+        return describe(user.weights) if user.weights else None
+    except ValueError as error:
+        raise InputError(f"user {user.name!r}: {error}") from error
 
 
 def _infer(llm: LLM, users: Sequence[ExampleUser], console: Console) -> list[UserWeights]:
@@ -213,11 +222,13 @@ def _largest_difference(batched: Sequence[Completion], others: Sequence[Sequence
 
 
 def _tastes(user: ExampleUser, text: str) -> dict[str, float]:
-    return {name: TASTES[name].measure(text) for name in user.weights if name in TASTES}
+    return {name: TASTES[name].measure(text) for name in user.weights}
 
 
 def _print(result: dict[str, Any], console: Console) -> None:
-    table = Table(title=f"“{result['prompt']}”", show_lines=True, title_justify="left")
+    """As `Text` where it came from outside: brackets in it are no markup."""
+    title = Text(f"“{result['prompt']}”", "table.title")
+    table = Table(title=title, show_lines=True, title_justify="left")
     table.add_column("user", style="bold", no_wrap=True)
     table.add_column("written for them, all in one batch", ratio=1)
     table.add_row("nobody\n[dim]unmodulated[/]", Text(result["unmodulated_text"]))
@@ -225,7 +236,8 @@ def _print(result: dict[str, Any], console: Console) -> None:
         detail = f"{len(user['choices'])} choices"
         if user["taste"]:
             detail += f"\nlikes: {user['taste']}"
-        table.add_row(f"{user['name']}\n[dim]{detail}[/]", Text(user["text"]))
+        about = Text.assemble(user["name"], "\n", (detail, "dim"))
+        table.add_row(about, Text(user["text"]))
     console.print(table)
     scores = Table(title="how the texts measure", title_justify="left")
     scores.add_column("user", style="bold")
@@ -234,7 +246,8 @@ def _print(result: dict[str, Any], console: Console) -> None:
     scores.add_column("unmodulated", justify="right")
     for entry in result["taste_scores"]:
         for name, value in entry["user"].items():
-            scores.add_row(entry["name"], name, f"{value:.2f}", f"{entry['unmodulated'][name]:.2f}")
+            unmodulated = entry["unmodulated"][name]
+            scores.add_row(Text(entry["name"]), name, f"{value:.2f}", f"{unmodulated:.2f}")
     if scores.row_count:
         console.print(scores)
     rows, users = result["batch_rows"], result["distinct_users"]

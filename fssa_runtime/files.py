@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from pathlib import Path
+
+from .errors import InputError
+
+
+def check_writable(path: Path) -> None:
+    """Before long work, that `write_atomically` will be able to write its result there.
+
+    Raises:
+        InputError: a folder is there, or there is none to write into.
+    """
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def write_atomically(path: Path, content: bytes) -> None:

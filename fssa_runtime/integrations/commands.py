@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.console import Console
-
 from ..conditioning.checkpoint import Conditioning, load_conditioning
 from ..conditioning.shipped import shipped_conditioning
 from ..errors import InputError
@@ -68,11 +66,11 @@ def export_lora_command(
     conditioning = load_conditioning(folder, model.decoder, model.fingerprint)
     latent = conditioning.infer(model, users[name].choices)
     export_lora(conditioning, conditioning.row(latent), output)
-    Console().print(f"{name}, known by {len(users[name].choices)} choices: {output}")
+    print(f"{name}, known by {len(users[name].choices)} choices: {output}")
 
 
 def _save(conditioning: Conditioning, output: Path) -> None:
     conditioning.save(output)
     families = ", ".join(family.family for family in conditioning.modulator.config.families)
     width = conditioning.modulator.layout.width
-    Console().print(f"{families}; {width} numbers a user: {output}")
+    print(f"{families}; {width} numbers a user: {output}")

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from ..errors import InputError
-from ..files import write_atomically
+from ..files import check_writable, write_atomically
 from .capacity import Service, find_rate
 from .machine import MACHINES, Machine, Roofline, StepTime, this_cpu
 from .measured import read_measured
@@ -60,13 +60,16 @@ class PlanOptions:
 
 
 def run_plan(options: PlanOptions, console: Console) -> dict[str, Any]:
-    """Simulate, print and write what was found; returns it too.
+    """Simulate, write and print what was found; returns it too.
 
     Raises:
         InputError: what is asked cannot be, with the reason.
     """
     if options.rate is not None and not options.rate > 0:
         raise InputError(f"--rate: expected more than 0 requests a second, got {options.rate:g}")
+    if options.json_file is not None:
+        options.json_file.parent.mkdir(parents=True, exist_ok=True)
+        check_writable(options.json_file)
     model = model_size(options.model, options.rank)
     trace, max_length = _trace(options, model.max_positions)
     machine = _machine(options)
@@ -102,10 +105,9 @@ def run_plan(options: PlanOptions, console: Console) -> dict[str, Any]:
             result = service.run(rate, on_done=on_run(rate))
     searched = options.rate is None
     found = describe(model, machine, service, rate, result, searched=searched)
-    show(found, console)
     if options.json_file is not None:
-        options.json_file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(options.json_file, (json.dumps(found, indent=2) + "\n").encode())
+    show(found, console)
     return found
 
 

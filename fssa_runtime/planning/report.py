@@ -124,11 +124,14 @@ def _quantiles(sketch: Sketch) -> dict[str, float | None]:
 
 def show(found: dict[str, Any], console: Console) -> None:
     """The same as tables."""
+    # Names of models and files are no markup.
+    as_is: dict[str, Any] = {"markup": False, "emoji": False}
     model, machine, users = found["model"], found["machine"], found["users"]
     console.print(
         f"{model['name']} ({model['parameters'] / 1e9:.2f} B parameters, bf16) on "
         f"{machine['name']}: {machine['bytes_per_s'] / 1e9:,.0f} GB/s, "
-        f"{machine['flop_per_s'] / 1e12:,.2f} TFLOP/s ({machine['source']})"
+        f"{machine['flop_per_s'] / 1e12:,.2f} TFLOP/s ({machine['source']})",
+        **as_is,
     )
     console.print(_memory_table(found))
     resident, asked = users["resident"], users["asked"]
@@ -149,9 +152,9 @@ def show(found: dict[str, Any], console: Console) -> None:
     console.print(f"{found['rate']:.3g} requests/s: {verdict} ({aim})")
     console.print(_served_table(served))
     console.print(_times_table(served))
-    console.print(f"step times: {found['basis']['step_times']}")
+    console.print(f"step times: {found['basis']['step_times']}", **as_is)
     for note in found["basis"]["notes"]:
-        console.print(f"  {note}")
+        console.print(f"  {note}", **as_is)
     if served["last_arrival_s"] < 30e-3 * objectives["ttft_ms"]:
         console.print(
             f"  the trace lasts {served['last_arrival_s']:.1f} s only: too short to tell a rate "

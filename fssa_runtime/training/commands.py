@@ -11,11 +11,12 @@ from typing import Any, TypeVar
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ..conditioning.embedding import EmbeddingConfig, embed_options
 from ..env import process
 from ..errors import InputError
-from ..files import write_atomically
+from ..files import check_writable, write_atomically
 from ..models.language_model import LanguageModel
 from ..models.messages import Content
 from ..users.examples import write_users
@@ -122,7 +123,8 @@ def train_policy_command(config_file: Path, *, resume: bool, overwrite: bool) ->
     )
     for n, entry in result.metrics["heldout"]["contexts"].items():
         worst = f"{100 * entry['worst_accuracy']:.1f} % {entry['worst_mode']}"
-        table.add_row(n, _percent(entry["accuracy"]), _percent(entry["accuracy_se"]), worst)
+        measured = _percent(entry["accuracy"]), _percent(entry["accuracy_se"])
+        table.add_row(n, *measured, Text(worst))
     console.print(table)
     folder = config.train.output_dir
     if result.fit is None:
@@ -150,7 +152,7 @@ def choices_command(answers: Path, config_file: Path, output: Path) -> None:
     _make_parent(output)
     write_preferences(preferences, output)
     predictable = known_weights_accuracy(preferences, user_weights(config), scale)
-    Console().print(
+    print(
         f"{len(preferences)} choices of {config.num_users} users in {output}; "
         f"knowing their weights would predict {predictable:.1%}"
     )
@@ -162,13 +164,15 @@ def users_command(answers: Path, config_file: Path, output: Path) -> None:
     users = build_named_users(_read_some_answers(answers), config)
     _make_parent(output)
     write_users(users, output)
-    Console().print(f"{len(users)} users with {config.num_choices} choices each in {output}")
+    print(f"{len(users)} users with {config.num_choices} choices each in {output}")
 
 
 def evaluate_command(config_file: Path, output: Path, *, device: str) -> None:
     """Run the swap test; write JSON, print the summary."""
-    result = run_swap_test(load_config(config_file, SwapTestConfig), device)
+    config = load_config(config_file, SwapTestConfig)
     _make_parent(output)
+    check_writable(output)
+    result = run_swap_test(config, device)
     write_atomically(output, (json.dumps(result, indent=2, default=str) + "\n").encode())
     _print_swap_test(result)
 

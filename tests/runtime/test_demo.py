@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -69,6 +70,60 @@ def test_demo_obeys_users_and_prompt(base: Path, tmp_path: Path) -> None:
     result = json.loads(out.read_text())
     assert len(result["users"]) == 2
     assert result["prompt"] == "Hm?"
+
+
+def test_brackets_and_colons_are_no_markup(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "[old]:bug:").symlink_to(base / "model")
+    users, out = tmp_path / "users.json", tmp_path / "out.json"
+    write_users([ExampleUser("[/b]:bug:", CHOICES, {"length": 1.0})], users)
+    prompt = "What does [/INST] mean? :bug:"
+    asked = ["--prompt", prompt, "--users-file", str(users), "--json", str(out)]
+    assert demo(base, *asked, "--model", str(tmp_path / "[old]:bug:")) == 0
+    assert json.loads(out.read_text())["prompt"] == prompt
+    printed = capsys.readouterr().out.replace("\n", "")
+    for text in ("[old]:bug:", f"“{prompt}”"):
+        assert text in printed
+    assert printed.count("[/b]:bug:") == 2  # beside the text and beside what it measures
+
+
+def test_the_json_is_there_before_anything_is_printed(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fssa_runtime.demo._print", interrupt)
+    assert demo(base, "--json", str(tmp_path / "out.json")) == 130
+    assert json.loads((tmp_path / "out.json").read_text())["batch_rows"] == 5
+
+
+@pytest.mark.parametrize(
+    ("weights", "file", "message"),
+    [
+        ({"lenght": 1.0}, "out.json", "user 'Ana': weights: "),
+        ({}, "no_folder/out.json", "no_folder/out.json cannot be written: No such file"),
+        ({}, "", "cannot be written: Is a directory"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_a_model_is_loaded(
+    base: Path,
+    tmp_path: Path,
+    weights: dict[str, float],
+    file: str,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        pytest.fail("a model was loaded")
+
+    monkeypatch.setattr("fssa_runtime.demo.LanguageModel.load", never)
+    write_users([ExampleUser("Ana", CHOICES, weights)], tmp_path / "users.json")
+    arguments = ["--users-file", str(tmp_path / "users.json"), "--json", str(tmp_path / file)]
+    assert demo(base, *arguments) == 1
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -285,7 +285,7 @@ def test_the_commands(
     conditioning = random_conditioning(model, "gated")
     conditioning.save(tmp_path / "c")
     write_users([ExampleUser("ana", CHOICES)], tmp_path / "c" / "example_users.json")
-    base, adapter, back = ["--model", str(model.folder)], tmp_path / "ana", tmp_path / "back"
+    base, adapter, back = ["--model", str(model.folder)], tmp_path / "[ana]", tmp_path / "[back]"
     export = ["export-lora", *base, "--conditioning", str(tmp_path / "c"), "--output", str(adapter)]
     assert main([*export, "--user", "bob"]) == 1
     assert "'bob' is not known: expected one of ana" in capsys.readouterr().err
@@ -297,10 +297,12 @@ def test_the_commands(
     assert "choice 0: expected at least one rejected answer" in capsys.readouterr().err
     assert not adapter.exists()
     assert main([*export, "--user", "ana"]) == 0
+    assert capsys.readouterr().out.endswith(f": {adapter}\n")
     row = conditioning.row(conditioning.infer(model, CHOICES))
     ours = logits_of_rows(model, conditioning, [row])[0]
     assert (peft_logits(model, adapter) - ours).abs().max() <= 1e-4
     assert main(["import-lora", str(adapter), *base, "--output", str(back)]) == 0
+    assert capsys.readouterr().out.endswith(f": {back}\n")
     loaded = load_conditioning(back, model.decoder, model.fingerprint)
     again = logits_of_rows(model, loaded, [loaded.row(torch.zeros(1))])[0]
     assert (again - ours).abs().max() <= 1e-4

@@ -19,6 +19,7 @@ from fssa_runtime.planning.result import Objectives, Result
 from fssa_runtime.planning.shapes import model_size
 from fssa_runtime.planning.trace import Lengths
 
+from .models import write_model
 from .planned import RESULTS, SMOLLM, SimpleTime, trace
 
 
@@ -168,6 +169,21 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert found[0]["basis"]["step_times"] == "roofline"
     assert found[0]["served"]["requests"] == 200
     assert found[0]["users"]["resident"] == 10**6
+
+
+def test_names_are_printed_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_model(tmp_path / "[old]:bug:")
+    options = ["--rate", "30", "--requests", "20", "--max-length", "64"]
+    options += ["--output-tokens", "8", "--prompt-tokens", "8"]
+    assert plan(*options, model=str(folder)) == 0
+    assert str(folder) in capsys.readouterr().out.replace("\n", "")
+
+
+def test_a_folder_for_the_json_is_refused_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan("--json", str(tmp_path), model="no-such-model") == 1
+    assert "cannot be written: Is a directory" in capsys.readouterr().err
 
 
 def test_the_command_with_measured_steps_looks_for_a_rate(

@@ -198,6 +198,27 @@ def test_an_evaluation_that_cannot_be_says_why(
     assert not (tmp_path / "swap.json").exists()
 
 
+def test_paths_are_printed_as_they_are(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = {"kind": "preferences", "files": [str(folder / "choices.jsonl")], "heldout_prompts": 0.5}
+    users = {"data": data, "users": {"Ana": {"length": 1.0}}, "num_choices": 1}
+    recipes = {"choices": POPULATION, "users": users | {"population": POPULATION}}
+    for step, recipe in recipes.items():
+        output = tmp_path / "[old]" / step
+        arguments = ["--answers", str(folder / "answers.jsonl"), "--output", str(output)]
+        config = write_yaml(tmp_path / "recipe.yaml", recipe)
+        assert main(["data", step, *arguments, "--config", str(config)]) == 0
+        assert f" in {output}" in capsys.readouterr().out
+
+
+def test_a_folder_for_a_result_is_refused_before_the_work(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate(folder, tmp_path) == 1
+    assert "cannot be written: Is a directory" in capsys.readouterr().err
+
+
 def test_a_policy_without_its_choices_says_so(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
