@@ -24,7 +24,7 @@ def add_commands(add: Add) -> None:
     )
     authors.add_argument("folder", type=Path, help="where both files lie")
     authors.add_argument("--model", help="the base (default: the one its config.yaml names)")
-    authors.add_argument("--output", type=Path, required=True, help="the conditioning, a folder")
+    _add_output(authors, "the conditioning, a folder")
 
     lora = add("import-lora", _import_lora, "a PEFT LoRA as a part of a conditioning, for all")
     lora.add_argument("folder", type=Path, help="adapter_config.json, adapter_model.safetensors")
@@ -32,7 +32,7 @@ def add_commands(add: Add) -> None:
     lora.add_argument(
         "--conditioning", type=Path, help="add it to this one (default: nothing but the LoRA)"
     )
-    lora.add_argument("--output", type=Path, required=True, help="the conditioning, a folder")
+    _add_output(lora, "the conditioning, a folder")
 
     export = add("export-lora", _export_lora, "a user as an ordinary PEFT LoRA")
     export.add_argument("--user", required=True, metavar="NAME", help="whose")
@@ -45,19 +45,32 @@ def add_commands(add: Add) -> None:
     export.add_argument(
         "--users-file", type=Path, help="JSON of users and choices (default: in the checkpoint)"
     )
-    export.add_argument("--output", type=Path, required=True, help="the adapter, a folder")
+    _add_output(export, "the adapter, a folder")
+
+
+def _add_output(parser: argparse.ArgumentParser, help: str) -> None:
+    parser.add_argument("--output", type=Path, required=True, help=help)
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
 
 
 def _import_authors(arguments: argparse.Namespace) -> None:
     from .commands import import_authors_command
 
-    import_authors_command(arguments.folder, arguments.model, arguments.output)
+    import_authors_command(
+        arguments.folder, arguments.model, arguments.output, overwrite=arguments.overwrite
+    )
 
 
 def _import_lora(arguments: argparse.Namespace) -> None:
     from .commands import import_lora_command
 
-    import_lora_command(arguments.folder, arguments.model, arguments.conditioning, arguments.output)
+    import_lora_command(
+        arguments.folder,
+        arguments.model,
+        arguments.conditioning,
+        arguments.output,
+        overwrite=arguments.overwrite,
+    )
 
 
 def _export_lora(arguments: argparse.Namespace) -> None:
@@ -69,4 +82,5 @@ def _export_lora(arguments: argparse.Namespace) -> None:
         arguments.conditioning,
         arguments.users_file,
         arguments.output,
+        overwrite=arguments.overwrite,
     )

@@ -63,7 +63,8 @@ def user_factors(
 
 
 def export_lora(conditioning: Conditioning, row: torch.Tensor, folder: Path) -> None:
-    """Write a user as ``adapter_config.json`` and ``adapter_model.safetensors`` of PEFT's LoRA.
+    """Write a user as ``adapter_config.json`` and ``adapter_model.safetensors`` of PEFT's LoRA,
+    in place of those that are there.
 
     Raises:
         InputError: as `user_factors` does; nothing is written then.

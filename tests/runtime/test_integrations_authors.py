@@ -379,7 +379,9 @@ def test_the_command(
     saved = load_conditioning(output, model.decoder, model.fingerprint).tensors()
     for name, tensor in read(model, tmp_path / "theirs").tensors().items():
         assert torch.equal(saved[name], tensor)
-    assert main([*arguments, "--model", str(tmp_path / "none")]) == 1
+    assert main([*arguments, "--model", str(model.folder)]) == 1
+    assert "--overwrite" in capsys.readouterr().err
+    assert main([*arguments, "--model", str(tmp_path / "none"), "--overwrite"]) == 1
     assert "no such folder" in capsys.readouterr().err
 
 

@@ -12,7 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fssa_runtime.cli import main
-from fssa_runtime.conditioning.checkpoint import Conditioning, load_conditioning
+from fssa_runtime.conditioning.checkpoint import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    Conditioning,
+    load_conditioning,
+)
 from fssa_runtime.conditioning.choices import Choice
 from fssa_runtime.errors import InputError
 from fssa_runtime.integrations.lora_export import export_lora
@@ -311,3 +316,32 @@ def test_the_commands(
     assert "cannot stand beside" in capsys.readouterr().err
     assert main(["export-lora", "--user", "x", *base, "--output", str(tmp_path / "no")]) == 1
     assert "expected --conditioning" in capsys.readouterr().err
+
+
+def test_the_commands_overwrite_nothing_unasked(
+    model: LanguageModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A conditioning's folder and a LoRA's look alike; what a command reads it never replaces."""
+    conditioning = tmp_path / "c"
+    random_conditioning(model, "gated").save(conditioning)
+    write_users([ExampleUser("ana", CHOICES)], conditioning / "example_users.json")
+    lora = write_adapter(model, tmp_path / "lora", target_modules=["k_proj"])
+    base = ["--model", str(model.folder), "--conditioning", str(conditioning)]
+    export, again = ["export-lora", "--user", "ana", *base], ["import-lora", str(lora), *base]
+
+    def contents() -> list[bytes]:
+        names = (CONFIG_FILE, WEIGHTS_FILE)
+        return [(folder / n).read_bytes() for folder in (conditioning, lora) for n in names]
+
+    before = contents()
+    for command, output in ((export, lora), (again, conditioning)):
+        assert main([*command, "--output", str(output)]) == 1
+        assert f"--output {output}" in capsys.readouterr().err
+    for command, output in ((export, conditioning), (again, conditioning), (again, lora)):
+        assert main([*command, "--output", str(output), "--overwrite"]) == 1
+        assert "expected another folder than one that is read" in capsys.readouterr().err
+    assert contents() == before
+    assert main([*export, "--output", str(lora), "--overwrite"]) == 0
+    assert contents()[:2] == before[:2]
+    assert read_lora(lora, model.decoder.config)
+    assert contents()[2:] != before[2:]
