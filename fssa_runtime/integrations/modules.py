@@ -65,11 +65,15 @@ def layer_linear(layer: nn.Module, index: int, name: LinearName) -> nn.Linear:
     """The linear of one projection of a layer; inside PEFT's own wrapper, if there is one.
 
     Raises:
-        InputError: none or several of that name, or one whose weight is not a plain matrix.
+        InputError: none or several of that name, one whose weight is not a plain matrix, or one of
+            an MLP's in a layer with experts, where it would be the shared expert's alone.
     """
     leaf = LEAVES[name]
-    found = {path: m for path, m in layer.named_modules() if path.rpartition(".")[2] == leaf}
     where = f"layer {index} of the model ({type(layer).__name__})"
+    experts = [path for path, _ in layer.named_modules() if "expert" in path.rpartition(".")[2]]
+    if experts and name in (*GROUPS["gate_up"], "down"):
+        raise InputError(f"{where} has experts ({experts[0]}): expected one MLP for {leaf}")
+    found = {path: m for path, m in layer.named_modules() if path.rpartition(".")[2] == leaf}
     if len(found) != 1:
         got = ", ".join(found) or "none of that name"
         raise InputError(f"{where}: expected one module named {leaf}, got {got}")

@@ -456,7 +456,7 @@ def test_models_that_do_not_fit(model: LanguageModel, theirs: Any, tmp_path: Pat
             num_attention_heads=4, num_key_value_heads=2, num_local_experts=2,
         )
     )  # fmt: skip
-    with pytest.raises(InputError, match="one module named gate_proj, got none"):
+    with pytest.raises(InputError, match=r"has experts \(mlp\.experts\): .* gate_proj"):
         modulate(mixture, conditioning.modulator)
     wider = reference_model(write_model(tmp_path / "wide", "mistral-full"))  # head_dim 16, not 12
     with pytest.raises(InputError, match=r"layer 0: q_proj.*\[48, 48\], the model has \[64, 48\]"):
@@ -464,6 +464,25 @@ def test_models_that_do_not_fit(model: LanguageModel, theirs: Any, tmp_path: Pat
     theirs.model.layers = theirs.model.layers[:2]
     with pytest.raises(InputError, match="made for 3 layers, the model has 2"):
         modulate(theirs, conditioning.modulator)
+
+
+@pytest.mark.parametrize("site", ["gate", "up", "down"])
+def test_a_shared_expert_is_not_taken_for_the_layers_mlp(site: str) -> None:
+    config = transformers.Qwen2MoeConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, num_experts=2, num_experts_per_tok=1,
+        moe_intermediate_size=24, shared_expert_intermediate_size=48,
+    )  # fmt: skip
+    mixture = transformers.Qwen2MoeForCausalLM(config)
+
+    def modulator(*sites: str) -> Modulator:
+        families = [{"family": "gated", "sites": sites, "rank": 2}]
+        config = ModulatorConfig.model_validate({"latent_dim": LATENT_DIM, "families": families})
+        return Modulator(config, base_shape(mixture))
+
+    with pytest.raises(InputError, match=rf"layer 0 .*has experts.*{site}_proj"):
+        modulate(mixture, modulator("q", site))
+    modulate(mixture, modulator("q", "v", "o"))
 
 
 @pytest.mark.parametrize("family", ["gated", "film"])
