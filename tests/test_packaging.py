@@ -1,7 +1,10 @@
-"""What a source distribution holds."""
+"""What a source distribution holds, and what the scripts of `.ci` ask of Python."""
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,3 +23,12 @@ def test_a_source_distribution_has_what_tests_read(monkeypatch: pytest.MonkeyPat
     for folder in (".ci", "benchmarks", "csrc", "docs", "recipes", "tests"):
         assert any(name.startswith(f"{folder}/") for name in packed.files), folder
     assert "constraints.txt" in packed.files  # the test command of the README names it
+
+
+def test_ci_finds_the_lint_extra_on_every_python() -> None:
+    script = (ROOT / ".ci" / "run").read_text()
+    (program,) = re.findall(r"<< 'END'\n(.*?)^END$", script, flags=re.DOTALL | re.MULTILINE)
+    as_on_3_10 = "import sys\nsys.modules['tomllib'] = None\n" + program
+    run = subprocess.run([sys.executable, "-c", as_on_3_10], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert re.findall(r"^[\w-]+", run.stdout, re.MULTILINE) == ["ruff", "mypy", "pre-commit"]
