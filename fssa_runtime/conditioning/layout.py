@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Annotated, Literal, Protocol
 
 import torch
@@ -61,6 +62,12 @@ class FamilyConfig(BaseModel):
         """Whether it has sites in this layer."""
         return self.layers is None or layer in self.layers
 
+    def meets(self, other: FamilyConfig) -> bool:
+        """Whether some layer may have sites of both."""
+        if self.layers is None or other.layers is None:
+            return True
+        return not set(self.layers).isdisjoint(other.layers)
+
 
 class ModulatorConfig(BaseModel):
     """All families of a conditioning checkpoint and the latent size Z they are generated from."""
@@ -75,7 +82,8 @@ class ModulatorConfig(BaseModel):
         if sum(f.family == "film" for f in self.families) > 1:
             raise ValueError("families: film is named twice")
         for group, members in GROUPS.items():
-            kinds = {(f.family, f.rank) for f in self.families if set(f.sites) & set(members)}
+            sharing = [f for f in self.families if set(f.sites) & set(members)]
+            kinds = {(f.family, f.rank) for f in sharing}
             if len(kinds) > 1:
                 raise ValueError(
                     f"families: {', '.join(members)} share one matrix and so one family and rank, "
@@ -84,6 +92,11 @@ class ModulatorConfig(BaseModel):
             claimed = [site for f in self.families for site in f.sites if site in members]
             if len(set(claimed)) != len(claimed):
                 raise ValueError(f"families: a site of {group} is named by two families")
+            if any(one.meets(other) for one, other in combinations(sharing, 2)):
+                raise ValueError(
+                    f"families: {', '.join(members)} share one matrix: name {', '.join(claimed)} "
+                    "in one family, or in layers that differ"
+                )
         return self
 
 

@@ -137,8 +137,8 @@ def with_static(
     Without ``beside`` nothing depends on the user, and the encoder is a formality.
 
     Raises:
-        InputError: the LoRA adapts q, k or v (or gate, up) where ``beside`` modulates another of
-            them: they share one matrix.
+        InputError: the LoRA adapts q, k or v (or gate, up) where ``beside`` modulates any of them:
+            they share one matrix.
     """
     static = FamilyConfig(family="static", sites=adapter.sites, rank=adapter.rank)
     others = () if beside is None else beside.modulator.config.families

@@ -15,7 +15,7 @@ from fssa_runtime.conditioning.checkpoint import (
     Conditioning,
     load_conditioning,
 )
-from fssa_runtime.conditioning.layout import FamilyConfig, ModulatorConfig
+from fssa_runtime.conditioning.layout import FamilyConfig, ModulatorConfig, RowLayout
 from fssa_runtime.conditioning.merge import merged, reference_answer_logprobs
 from fssa_runtime.conditioning.modulator import Modulator
 from fssa_runtime.conditioning.table import ModulationTable
@@ -298,12 +298,30 @@ def test_configurations_that_do_not_fit(
             {"family": "gated", "sites": ["q"], "rank": 2},
             {"family": "gated", "sites": ["q"], "rank": 2},
         ],
+        [
+            {"family": "gated", "sites": ["q"], "rank": 2},
+            {"family": "gated", "sites": ["v"], "rank": 2},
+        ],
+        [
+            {"family": "static", "sites": ["gate"], "rank": 2, "layers": [0, 1]},
+            {"family": "static", "sites": ["up"], "rank": 2, "layers": [1, 2]},
+        ],
         [{"family": "film"}, {"family": "film"}],
     ],
 )
 def test_families_that_contradict_each_other(families: list) -> None:
     with pytest.raises(ValidationError):
         ModulatorConfig.model_validate({"latent_dim": 2, "families": families})
+
+
+def test_a_matrix_may_have_a_family_in_each_of_its_layers(model: LanguageModel) -> None:
+    families = [
+        {"family": "gated", "sites": [site], "rank": 2, "layers": [layer]}
+        for layer, site in enumerate(("q", "v"))
+    ]
+    config = ModulatorConfig.model_validate({"latent_dim": 2, "families": families})
+    sites = RowLayout(config, model.decoder.config).sites
+    assert [(s.layer, s.projections) for s in sites] == [(0, ("q",)), (1, ("v",))]
 
 
 @pytest.mark.parametrize(

@@ -200,6 +200,20 @@ def test_an_adapter_beside_a_conditioning(model: LanguageModel, tmp_path: Path) 
         with_static(clash, model.decoder.config, **base_of(model), beside=beside)
 
 
+def test_two_adapters_of_one_matrix_do_not_replace_each_other(
+    model: LanguageModel, tmp_path: Path
+) -> None:
+    ana, ben = (
+        read_lora(
+            write_adapter(model, tmp_path / module, target_modules=[module]), model.decoder.config
+        )
+        for module in ("q_proj", "v_proj")
+    )
+    beside = with_static(ana, model.decoder.config, **base_of(model))
+    with pytest.raises(InputError, match=r"beside.*\n.*name q, v in one family"):
+        with_static(ben, model.decoder.config, **base_of(model), beside=beside)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
