@@ -121,6 +121,10 @@ class Engine:
         self.in_use = threading.Lock()
         self._clock = clock
         self._in_flight: dict[int, InFlight] = {}
+        # Fingerprints of weights that are wanted no more, of requests in flight all of them.
+        self._forgotten: set[bytes] = set()
+        # Of the slots and the two above: `forget` may come from any thread.
+        self._slots_lock = threading.RLock()
         self._answers: dict[Stream, Answer] = {}
         self._next_request = 0
 
@@ -146,7 +150,8 @@ class Engine:
         answer = self._answer(number, in_flight, 0, parent=None)
         self.scheduler.add(answer.stream)
         self._next_request += 1
-        self._in_flight[number] = in_flight
+        with self._slots_lock:
+            self._in_flight[number] = in_flight
         self._keep(answer)
         return number
 
@@ -175,9 +180,19 @@ class Engine:
         return True
 
     def forget(self, user: UserWeights) -> None:
-        """Clear the row of weights that are wanted no more, if no request refers to them."""
-        if self.slots is not None:
-            self.slots.forget(user)
+        """Clear the row of weights that are wanted no more, once no request in flight has them.
+
+        May be called by any thread, while a step runs too.
+        """
+        if self.slots is None:
+            return
+        with self._slots_lock:
+            others = (in_flight.asked.user for in_flight in self._in_flight.values())
+            if any(other and other.fingerprint == user.fingerprint for other in others):
+                self._forgotten.add(user.fingerprint)
+            else:
+                self._forgotten.discard(user.fingerprint)
+                self.slots.forget(user)
 
     @torch.inference_mode()
     def step(self) -> list[Token]:
@@ -347,7 +362,8 @@ class Engine:
                 user = answer.asked.user
                 answer.slot = 0
                 if user is not None and self.slots is not None:
-                    answer.slot = self.slots.acquire(user)
+                    with self._slots_lock:
+                        answer.slot = self.slots.acquire(user)
             rows.append(answer.row(piece))
         results = self.runner.run(rows)
         for piece, result in zip(plan.pieces, results, strict=True):
@@ -433,12 +449,17 @@ class Engine:
         request = self._in_flight[answer.request]
         del request.answers[answer.index]
         if not request.answers:
-            del self._in_flight[answer.request]
+            user = request.asked.user
+            with self._slots_lock:
+                del self._in_flight[answer.request]
+                if user is not None and user.fingerprint in self._forgotten:
+                    self.forget(user)
         return "" if answer.text is None else answer.text.finish()
 
     def _give_back_slot(self, answer: Answer) -> None:
         if answer.slot and answer.asked.user is not None and self.slots is not None:
-            self.slots.release(answer.asked.user)
+            with self._slots_lock:
+                self.slots.release(answer.asked.user)
         answer.slot = None
 
     def _account(self) -> None:
@@ -446,4 +467,8 @@ class Engine:
         assert set(self.scheduler.streams()) == set(self._answers), "a stream is nobody's"
         self.cache.poison(self.scheduler.pool.unused())
         if self.slots is not None:
-            self.slots.check()
+            with self._slots_lock:
+                self.slots.check()
+                users = [in_flight.asked.user for in_flight in self._in_flight.values()]
+                wanted = {user.fingerprint for user in users if user is not None}
+                assert self._forgotten <= wanted, "weights of no request are to be forgotten"

@@ -1,8 +1,9 @@
 """Which slot of the modulation table holds whose weights while requests run.
 
 A slot is filled when the first request of its user starts to run, and kept as long as one refers to
-it. After that its content stays until the slot is needed: a user who comes back finds it. With more
-users than slots the one unused for longest is filled anew, which costs a product with the latent.
+it. After that its content stays until the slot is needed or the weights are forgotten: a user who
+comes back finds it. With more users than slots the one unused for longest is filled anew, which
+costs a product with the latent.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ class Users:
 
     Args:
         reward: what `suggest_next_pair` asks if it is not given another; read when first needed.
-        forget: called with the weights of a user who is deleted.
+        forget: called with the weights of a user who is deleted or gets others.
     """
 
     def __init__(
@@ -185,8 +185,10 @@ class Users:
     def delete(self, name: str) -> None:
         """Know a user no more. Requests in flight end with the weights they came with.
 
-        Choices, latent and the row of the table are gone, and what was cached of their texts cannot
-        be found again but by the very same weights.
+        Choices and latent are gone, and so are rows of the table, earlier ones too, each once no
+        request in flight has it. Only the row of a mixture they are part of, or of weights that
+        somebody kept and asks with later, stays until others need its slot. What was cached of
+        their texts cannot be found again but by the very same weights.
 
         Raises:
             InputError: there is none of that name.
@@ -231,7 +233,10 @@ class Users:
     ) -> User:
         weights = self._need().blend([(1.0, latent)])
         user = User(name, choices, latent.detach().float().cpu().clone(), weights, belief)
+        before = self._users.get(name)
         self._users[name] = user
+        if before is not None and before.weights.fingerprint != weights.fingerprint:
+            self._forget(before.weights)
         return user
 
 

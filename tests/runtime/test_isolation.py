@@ -173,8 +173,7 @@ def test_canaries(family: str, model: LanguageModel) -> None:
         if draw.random() < 0.02:
             user = people[draw.randrange(1, len(people))]
             assert user is not None
-            assert crowd.slots is not None
-            crowd.slots.forget(user)
+            crowd.forget(user)
             counts["deleted"] += 1
         if draw.random() < 0.005:
             # As after loading other weights: nothing that was computed may be used again.

@@ -137,6 +137,40 @@ def test_a_user_is_inferred_learns_and_is_forgotten(llm: LLM) -> None:
         logprobs(llm, "cy")
 
 
+def rows_in_use(llm: LLM) -> int:
+    """Rows of the table that hold numbers; a freed one is NaN."""
+    assert llm.engine.slots is not None
+    return int((~llm.engine.slots._table.rows[1:].isnan()).any(1).sum())
+
+
+def test_no_row_of_a_deleted_user_is_left(llm: LLM) -> None:
+    logprobs(llm, "ben")
+    llm.users.infer("cy", CHOICES[:1])
+    logprobs(llm, "cy")
+    llm.users.add_choices("cy", CHOICES[1:])
+    logprobs(llm, "cy")
+    llm.users.set_latent("cy", llm.users["cy"].latent)  # no change: the row stays
+    assert rows_in_use(llm) == 2
+    llm.users.delete("cy")
+    assert rows_in_use(llm) == 1  # ben's
+
+
+@pytest.mark.parametrize("steps_before", [0, 1, 3])
+def test_the_row_of_a_deleted_user_goes_with_their_last_request(
+    llm: LLM, steps_before: int
+) -> None:
+    llm.engine.debug = True
+    for max_tokens in (2, 5):
+        sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+        last = llm.engine.add(llm.request("Why?", "ana", sampling))
+    for _ in range(steps_before):
+        llm.engine.step()
+    llm.users.delete("ana")
+    while last in llm.engine:
+        llm.engine.step()
+        assert rows_in_use(llm) == (last in llm.engine)
+
+
 def test_a_choice_may_be_a_mapping(llm: LLM) -> None:
     """What is learnt is in its values: its keys are words, too, and the same for everybody."""
     named = llm.users.infer("cy", [choice._asdict() for choice in CHOICES])
