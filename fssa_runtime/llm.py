@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from rich.console import Console
 from rich.progress import Progress
 
 from .conditioning.checkpoint import Conditioning, load_conditioning
@@ -171,7 +173,8 @@ class LLM:
             for prompt, user, params in zip(prompts, whose, how, strict=True)
         ]
         num_answers = sum(request.num_answers for request in requests)
-        with Progress(transient=True, disable=not progress) as bar:
+        shown = progress and sys.stderr.isatty()
+        with Progress(console=Console(stderr=True), transient=True, disable=not shown) as bar:
             task = bar.add_task(f"{len(prompts)} prompts", total=num_answers)
             completions = self._engine().generate_all(
                 requests, on_finish=lambda _request, _answer, _completion: bar.advance(task)

@@ -59,6 +59,18 @@ def test_text_alone_is_a_list_of_one(llm: LLM) -> None:
         llm.generate(5, progress=False)  # type: ignore[arg-type]
 
 
+def test_a_bar_is_for_terminals_and_never_among_the_output(
+    llm: LLM, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm.generate("Why?", "ana", GREEDY)
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    llm.generate("Why?", "ana", GREEDY)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "1 prompts" in err
+
+
 def test_what_a_prompt_may_be(llm: LLM) -> None:
     expected = llm.model.tokenizer("user: Why?\nassistant: ")["input_ids"]
     parts = [{"type": "text", "text": "Wh"}, {"type": "text", "text": "y?"}]
