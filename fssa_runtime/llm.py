@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from .checks import require_int
 from .conditioning.checkpoint import Conditioning, load_conditioning
 from .conditioning.choices import Choice
 from .conditioning.shipped import shipped_conditioning
@@ -73,12 +74,13 @@ class LLM:
         served_by: the `AsyncEngine` whose thread runs the engine, if one does; then only it may.
 
     Raises:
-        InputError: no such model or checkpoint, or one that does not fit the other.
+        InputError: no such model or checkpoint, or one that does not fit the other; a number that
+            is no integer or below 1.
     """
 
     def __init__(
         self,
-        model: str | LanguageModel,
+        model: str | Path | LanguageModel,
         conditioning: str | Path | Conditioning | None = None,
         *,
         reward: AnyReward | None = None,
@@ -91,9 +93,22 @@ class LLM:
         prefix_cache: bool = True,
         threads: int | None = None,
     ) -> None:
+        for name, most in (
+            ("max_resident_users", max_resident_users),
+            ("max_batch_size", max_batch_size),
+            ("max_batch_tokens", max_batch_tokens),
+            ("max_kv_tokens", max_kv_tokens),
+        ):
+            require_int(name, most)
+            if most < 1:
+                raise InputError(f"{name}: expected at least 1, got {most}")
+        if not isinstance(model, str | Path | LanguageModel):
+            raise InputError(
+                f"model: expected a name, a folder or a LanguageModel, got {type(model).__name__}"
+            )
         set_or_limit_threads(threads)
-        if isinstance(model, str):
-            model = LanguageModel.load(model, dtype=dtype, device=device)
+        if not isinstance(model, LanguageModel):
+            model = LanguageModel.load(str(model), dtype=dtype, device=device)
         if conditioning is None:
             conditioning = shipped_conditioning(model.name)
         if isinstance(conditioning, str | Path):
@@ -218,6 +233,10 @@ class LLM:
             InputError: an unknown user, a prompt that is neither text nor chat messages, or numbers
                 out of range.
         """
+        if not isinstance(sampling, SamplingParams | None):
+            raise InputError(
+                f"sampling: expected SamplingParams or None, got {type(sampling).__name__}"
+            )
         tokens = self.model.chat_tokens(prompt)
         if sampling is None:
             sampling = self.default_sampling

@@ -60,7 +60,11 @@ class LanguageModel:
             if dtype not in DTYPES:
                 raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
             dtype = DTYPES[dtype]
-        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        try:
+            kind = torch.device(device).type
+        except RuntimeError as error:
+            raise InputError(f"device: expected 'cpu' or 'cuda', got {device!r}") from error
+        if kind == "cuda" and not torch.cuda.is_available():
             raise InputError(f"device {device!r}: there is no usable GPU here; expected 'cpu'")
         folder = locate(name, show_progress=show_progress)
         hf = _read_hf_config(folder)

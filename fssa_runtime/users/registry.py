@@ -201,12 +201,17 @@ class Users:
         """The weights of a name or a mixture of names; None for nobody's.
 
         Raises:
-            InputError: an unknown name, or a mixture of nobody or with a share that is not finite.
+            InputError: an unknown name, a mixture of nobody or with a share that is not finite, or
+                none of these.
         """
         if whose is None or isinstance(whose, UserWeights):
             return whose
         if isinstance(whose, str):
             return self[whose].weights
+        if not isinstance(whose, Mapping):
+            raise InputError(
+                f"user: expected a name, a mixture of names or weights, got {type(whose).__name__}"
+            )
         parts = [(share, self[name].latent) for name, share in whose.items()]
         return self._need().blend(parts)
 

@@ -291,6 +291,8 @@ def test_one_may_be_preferred_to_several(llm: LLM) -> None:
         (dict(users={}), "expected at least one, got none"),
         (dict(users={"ana": float("nan")}), "share of a user: expected a finite number"),
         (dict(users=["ana"]), "users: expected one for all or 3"),
+        (dict(users=["ana", 5, None]), "user: expected a name, .* got int"),
+        (dict(sampling=[GREEDY, 5, None]), "sampling: expected SamplingParams or None, got int"),
         (dict(sampling=[GREEDY]), "sampling: expected one for all or 3"),
         (dict(n=0), "n must be at least 1"),
         (dict(sampling=SamplingParams(max_tokens=600)), "request 0: prompt and answer need"),
@@ -391,6 +393,30 @@ def test_its_threads_are_set_before_a_step_is_recorded(model: LanguageModel) -> 
             LLM(model, threads=0)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "message"),
+    [
+        ("model", 5, "model: expected a name, a folder or a LanguageModel, got int"),
+        ("device", "gpu", "device: expected 'cpu' or 'cuda', got 'gpu'"),
+        ("max_batch_size", 0, "max_batch_size: expected at least 1, got 0"),
+        ("max_batch_size", 2.5, "max_batch_size must be an integer, got float"),
+        ("max_batch_tokens", None, "max_batch_tokens must be an integer, got NoneType"),
+        ("max_kv_tokens", 0, "max_kv_tokens: expected at least 1, got 0"),
+        ("max_resident_users", "x", "max_resident_users must be an integer, got str"),
+        ("max_resident_users", -5, "max_resident_users: expected at least 1, got -5"),
+    ],
+)
+def test_wrong_arguments_are_named(
+    model: LanguageModel, argument: str, value: object, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        LLM(**{"model": str(model.folder), argument: value})  # type: ignore[arg-type]
+
+
+def test_a_folder_may_be_a_path(model: LanguageModel) -> None:
+    assert LLM(model.folder).model.fingerprint == model.fingerprint
 
 
 def test_without_a_conditioning_nobody_can_be_steered(model: LanguageModel) -> None:
