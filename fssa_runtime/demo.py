@@ -140,7 +140,7 @@ def _described(user: ExampleUser) -> str | None:
 
 
 def _infer(llm: LLM, users: Sequence[ExampleUser], console: Console) -> list[UserWeights]:
-    with Progress(console=console, transient=True) as progress:
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("reading each user's choices", total=len(users))
         people = []
         for user in users:
@@ -156,7 +156,7 @@ def _together(
     sampling: SamplingParams,
     console: Console,
 ) -> tuple[list[Completion], float]:
-    with Progress(console=console, transient=True) as progress:
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(f"one batch, {len(rows)} rows", total=len(rows))
         start = time.perf_counter()
         completions = llm.run(
@@ -174,7 +174,7 @@ def _alone(
     console: Console,
 ) -> tuple[list[Completion], float]:
     """Every row's text written again by its user alone: the same steps in a batch of one."""
-    with Progress(console=console, transient=True) as progress:
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("the same, one user at a time", total=len(rows))
         completions = []
         start = time.perf_counter()
@@ -201,7 +201,7 @@ def _merged(
     ).eval()
     prompt_tokens = model.chat_tokens(prompt)
     logprobs = []
-    with Progress(console=console, transient=True) as progress:
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("the same, weights merged by hand", total=len(rows))
         for row, completion in zip(rows, batched, strict=True):
             assert llm.conditioning is not None

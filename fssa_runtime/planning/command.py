@@ -91,7 +91,7 @@ def run_plan(options: PlanOptions, console: Console) -> dict[str, Any]:
         max_tokens=options.step_tokens,
         max_length=max_length,
     )
-    with Progress(console=console, transient=True) as progress:
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=options.requests)
 
         def on_run(rate: float) -> Callable[[int], None]:

@@ -160,6 +160,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     for file in files:
         assert plan("--rate", "30", "--requests", "200", "--json", str(file)) == 0
     out = capsys.readouterr().out
+    assert out.strip("\n") + "\n" == out  # a bar would leave an empty line
     assert "roofline" in out
     assert "1,000,000 of 1,000,000 users are resident" in out
     found = [json.loads(file.read_text()) for file in files]
