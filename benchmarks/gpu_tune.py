@@ -199,14 +199,14 @@ def tune(
             break
         trial = Search(problem, clock, where, rounds)
         inputs = trial.copies[0]
-        splits, rank = list(problem.shape.splits), problem.rank
+        splits, rank, lora_a = list(problem.shape.splits), problem.rank, inputs.get("lora_a")
         named = (inputs["x"], problem.family, splits, inputs["epilogue"], rank)
         key = problem_key(*named, problem.num_tokens)
         start = heuristic(
             device,
             inputs["x"],
             inputs["weight"],
-            inputs["lora_a"],
+            lora_a,
             problem.family,
             splits,
             inputs["epilogue"],
@@ -219,7 +219,7 @@ def tune(
                 continue  # what did not run with those rows is the heuristic's with these
             start, fixed = alike(start, Config(**model["config"])), ALIKE
             paired = inputs["epilogue"] != "none"
-            start = fit(start, device, inputs["x"], inputs["lora_a"], paired, rank)
+            start = fit(start, device, inputs["x"], lora_a, paired, rank)
         found = search(start, trial.time, device.capability, deadline.share(0.2), fixed)
         clock.release()
         if found is None:
