@@ -84,10 +84,12 @@ def choose(
 
     own = measured(len(x))
     model = measured(ALIKE_ROWS) if len(x) < VENDOR_FROM_ROWS else own
-    reasoned = heuristic(device, x, weight, lora_a, family, splits, epilogue, rank)
+    config = own if model is not None else None
+    if config is None:
+        config = heuristic(device, x, weight, lora_a, family, splits, epilogue, rank)
     if model is None:
-        return reasoned
-    config = alike(own or reasoned, model)
+        return config
+    config = alike(config, model)
     if config == own and (lora_a is None or lora_a.dtype == x.dtype):
         return config
     return fit(config, device, x, lora_a, epilogue != "none", rank)
