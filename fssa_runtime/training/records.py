@@ -84,6 +84,8 @@ def _record(line: bytes, where: str) -> dict[str, Any]:
             f"{where}: expected one JSON object, got invalid JSON ({error.msg}, "
             f"column {error.colno})"
         ) from None
+    except (ValueError, RecursionError) as error:  # what Python does not read, valid or not
+        raise PreferenceError(f"{where}: expected one JSON object, got {error}") from None
     if not isinstance(record, dict):
         raise PreferenceError(f"{where}: expected one JSON object, got {describe(record)}")
     return record

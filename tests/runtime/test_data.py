@@ -76,6 +76,8 @@ def without(record, field):
 
 BAD_LINES = [
     (b"{", "expected one JSON object, got invalid JSON"),
+    (b'{"user": ' + 5000 * b"9" + b"}", "expected one JSON object, got Exceeds the limit"),
+    (100_000 * b"[", "expected one JSON object, got .*recursion"),
     (b"[1]", "expected one JSON object, got a list"),
     (b'{"user": "\xff"}', "expected UTF-8 text"),
     (without(TEXT, "user"), "field 'user': expected, but fields are 'chosen', 'prompt'"),
