@@ -24,6 +24,7 @@ from rich.table import Table
 
 from benchmarks.cpu_decode import machine
 from benchmarks.decode_sides import PAGE, Ours
+from benchmarks.modulated import RANK
 from fssa_kernels.native import NATIVE
 from fssa_runtime.engine.step_inputs import Row
 from fssa_runtime.models.language_model import LanguageModel
@@ -142,8 +143,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--keys: expected at most the model's {most} positions, got {options.keys}")
     ours = Ours(model, max(batches), 512, max(256, options.keys))
     fill_caches(ours)
-    result: dict[str, Any] = {"machine": machine(), "keys": options.keys}
-    result |= {
+    result: dict[str, Any] = {
+        "machine": machine(),
+        "model": options.model,
+        "rank": RANK,
+        "keys": options.keys,
         "steps": {},
         "fraction_of_multiply_add": {},
         "multiply_add_flop_per_s": {},

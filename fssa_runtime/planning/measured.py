@@ -66,11 +66,11 @@ def read_measured(path: Path, model: ModelSize, machine: Machine, rank: int) -> 
             f"--measured {path}: expected what benchmarks.cpu_decode or benchmarks.cpu_profile "
             "writes (with 'summary' or 'steps')"
         )
-    name, measured_rank = found.get("model"), found.get("rank", rank)
+    name = found.get("model")
     if name is not None and not (name.startswith(model.name) or model.name.startswith(name)):
         raise InputError(f"--measured {path}: measured with {name}, not with {model.name}")
-    if measured_rank != rank:
-        raise InputError(f"--measured {path}: measured at rank {measured_rank}, not {rank}")
+    if found.get("rank", rank) != rank:
+        raise InputError(f"--measured {path}: measured at rank {found['rank']}, not {rank}")
     try:
         read = _read_profile if "steps" in found else _read_decode
         points, key_s, pair_s, notes = read(found, model)
@@ -82,6 +82,8 @@ def read_measured(path: Path, model: ModelSize, machine: Machine, rank: int) -> 
         raise InputError(f"--measured {path}: a step takes no time there")
     if name is None:
         notes = [*notes, f"the file does not name its model: taken to be {model.name}"]
+    if "rank" not in found:
+        notes = [*notes, f"the file does not name its rank: taken to be {rank}"]
     notes += [
         f"batches beyond {points[-1][0]} tokens a step are extrapolated",
         "refills of table rows are not measured: at memory bandwidth",

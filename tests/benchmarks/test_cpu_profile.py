@@ -53,6 +53,7 @@ def test_profile_names_every_part_and_holds_products_against_the_registers(
     assert cpu_profile.main([*arguments, "--json", str(target)]) == 0
     result = json.loads(target.read_text())
     assert result["keys"] == 300
+    assert (result["model"], result["rank"]) == (str(folder), 16)
     assert caches
     for cache in caches:  # of every row, and nothing that was never written to
         assert cache.shape[1] * cache.shape[2] >= 3 * 300
