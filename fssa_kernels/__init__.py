@@ -7,6 +7,7 @@ package touches no GPU.
 
 from fssa_kernels.dispatch import explain
 from fssa_kernels.graph import StepGraph
+from fssa_kernels.huge_pages import zeros_on_huge_pages
 from fssa_kernels.ops.expand_modulation.api import expand_modulation
 from fssa_kernels.ops.modulated_linear.api import modulated_linear
 from fssa_kernels.ops.modulated_linear.extended import extend_weight
@@ -31,4 +32,5 @@ __all__ = [
     "rope_kv_write",
     "sample",
     "take_rows",
+    "zeros_on_huge_pages",
 ]

@@ -13,8 +13,6 @@ halves are the same 16 columns of both, so that the product never leaves the reg
 
 from __future__ import annotations
 
-import contextlib
-import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -22,10 +20,10 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from fssa_kernels.huge_pages import zeros_on_huge_pages
 from fssa_kernels.native import DTYPE_CODES, MISSING, NATIVE
 
 _HALF = 16
-_HUGE_PAGE = 1 << 21  # x86-64's and aarch64's: fewer entries of the TLB for what is read end to end
 _BLOCK = 1 << 26
 _LINE = 64
 
@@ -91,23 +89,10 @@ class PackArena:
     def take(self, num_bytes: int) -> Tensor:
         """``num_bytes`` that nobody else has, a multiple of 64 from the one before."""
         if num_bytes > self._free.numel():
-            self._free = _map(max(num_bytes, _BLOCK))
+            self._free = zeros_on_huge_pages(max(num_bytes, _BLOCK))
         taken = self._free[:num_bytes]
         self._free = self._free[-(-num_bytes // _LINE) * _LINE :]
         return taken
-
-
-def _map(num_bytes: int) -> Tensor:
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(num_bytes, dtype=torch.uint8)
-    # Private, since shared memory gets no huge pages, and one of them more than is asked for, since
-    # they lie at multiples of their size.
-    memory = mmap.mmap(-1, num_bytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel that was built without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    mapped = torch.frombuffer(memory, dtype=torch.uint8)
-    start = -mapped.data_ptr() % _HUGE_PAGE
-    return mapped[start : start + num_bytes]
 
 
 def pack_matrix(

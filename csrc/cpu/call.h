@@ -57,8 +57,8 @@ class Call {
   virtual Span first_read(const Team&) const { return {}; }
 
   // Appends what the thread reads in many places of a memory no cache holds, as far as `reads` has
-  // room without growing. A call before it, which has first_read and computes longer than it
-  // reads, brings that meanwhile.
+  // room without growing. Calls before it that have first_read bring it, as far as they compute
+  // longer than they read.
   virtual void scattered_reads(const Team&, std::vector<Span>&) const {}
   virtual bool reads_scattered() const { return false; }
 

@@ -47,8 +47,9 @@ class Graph {
   std::vector<std::shared_ptr<const Call>> calls_;
   std::vector<const Call*> reader_after_;  // by call, the next that reads memory; or null
   std::vector<const Call*> scattered_after_;  // by call that reads memory, one that reads it in
-                                             // many places before the next; or null
-  size_t last_reader_ = SIZE_MAX;
+                                             // many places and for which it is the first to bring
+                                             // that; or null
+  std::vector<size_t> readers_;  // calls that read memory, since one read it in many places
   std::vector<const Call*> checked_;  // one of all that check the same
   std::set<std::pair<std::type_index, std::vector<int64_t>>> keys_;
   std::vector<std::vector<Span>> scattered_;  // by thread, what it reads in many places

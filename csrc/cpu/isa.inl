@@ -39,7 +39,8 @@ void run_attention(const AttentionCall& call, Team& team) {
 
 #define FSSA_KERNELS(NAME)                                                                     \
   const Kernels& kernels_##NAME() {                                                            \
-    static const Kernels set{#NAME,                        FSSA_ISA::run_modulated_linear,     \
+    static const Kernels set{#NAME,                                                            \
+                             FSSA_ISA::kMaxRows,           FSSA_ISA::run_modulated_linear,     \
                              FSSA_ISA::run_take_rows,      FSSA_ISA::run_norm,                 \
                              FSSA_ISA::run_rope,           FSSA_ISA::run_attention,            \
                              FSSA_ISA::chunk_stats,        FSSA_ISA::softmax_weights,          \

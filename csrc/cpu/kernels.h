@@ -1,6 +1,7 @@
 // The kernels of every op in one instruction set, and which set this process uses.
 #pragma once
 
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -21,6 +22,7 @@ constexpr int kMultiplyAddStart = 64;
 
 struct Kernels {
   const char* name;
+  int64_t max_rows;  // of a tile of a product
   void (*modulated_linear)(const ModulatedLinearCall&, Team&);
   void (*take_rows)(const TakeRowsCall&, Team&);
   void (*norm)(const NormCall&, Team&);

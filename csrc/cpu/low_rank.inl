@@ -127,8 +127,10 @@ FSSA_INLINE void shrink(const ModulatedLinearCall& a, const Input<X>& input, int
   const Runs rows(num_tokens, tiles);
   for (int64_t i = mine.first; i < mine.last; ++i) {
     const int64_t first = rows.begin(i / halves), last = rows.begin(i / halves + 1);
-    // The last tile brings the first panel of the weight.
-    const Span next = i + 1 == mine.last ? a.first_panel(team) : Span{};
+    // A tile brings the half of A that the next one begins with, the last tile the first panel of W.
+    const Span next = i + 1 == mine.last          ? a.first_panel(team)
+                      : i + 1 < mine.first + halves ? a.shrink_half((i + 1) % halves)
+                                                    : Span{};
     const Ahead ahead{next.data, next.data + next.bytes, nullptr, nullptr, false};
     shrink_tile_of<kMaxRows, A>(last - first, a, input, first, i % halves, ahead);
   }

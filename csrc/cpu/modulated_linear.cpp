@@ -1,5 +1,7 @@
 #include "modulated_linear.h"
 
+#include <algorithm>
+
 #include "kernels.h"
 
 namespace fssa::cpu {
@@ -85,11 +87,13 @@ std::vector<int64_t> ModulatedLinearCall::check_key() const {
 
 Span ModulatedLinearCall::first_read(const Team& team) const {
   if (family == Family::kNone || family == Family::kFactors) return first_panel(team);
-  const Range mine = team.share(shrink_halves());
+  // Its first tiles of the shrink, each of another half of A.
+  const int64_t halves = shrink_halves(), rows = kernels().max_rows;
+  const Range mine = team.share(halves * ((count.get() + rows - 1) / rows));
   if (mine.first == mine.last) return first_panel(team);
-  const int64_t bytes = half_bytes(lora_a.dtype, in_features);
-  return {static_cast<const char*>(lora_a.data) + mine.first * bytes,
-          (mine.last - mine.first) * bytes};
+  const int64_t first = mine.first % halves, num = std::min(halves - first, mine.last - mine.first);
+  const Span half = shrink_half(first);
+  return {half.data, num * half.bytes};
 }
 
 void ModulatedLinearCall::run(Team& team) const { kernels().modulated_linear(*this, team); }

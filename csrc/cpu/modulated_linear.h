@@ -108,6 +108,10 @@ struct ModulatedLinearCall final : Call {
     return static_cast<const char*>(weight) + index * panel_bytes();
   }
   int64_t shrink_halves() const { return (width() + kHalfColumns - 1) / kHalfColumns; }
+  Span shrink_half(int64_t index) const {
+    const int64_t bytes = half_bytes(lora_a.dtype, in_features);
+    return {static_cast<const char*>(lora_a.data) + index * bytes, bytes};
+  }
   // Where in its user's row the modulation of row t has the number `index`.
   const void* user_row(int64_t t, int64_t index) const {
     return advance(rows.data, rows.dtype, slots[t] * rows.stride + index);

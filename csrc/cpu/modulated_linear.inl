@@ -185,11 +185,14 @@ FSSA_INLINE void product(const ModulatedLinearCall& a, const Input<X>& input, in
       queue = unread(ahead, queue);
     }
   }
-  if (!offered) return;
-  Ahead ahead{nullptr, nullptr, queue, team.meanwhile_end(), true};
-  for (int64_t index = team.help(); index >= 0; index = team.help()) {
-    help<T>(a, input, tiles, rows, index, ready, ahead);
+  if (offered) {
+    Ahead ahead{nullptr, nullptr, queue, team.meanwhile_end(), true};
+    for (int64_t index = team.help(); index >= 0; index = team.help()) {
+      help<T>(a, input, tiles, rows, index, ready, ahead);
+    }
+    queue = unread(ahead, queue);
   }
+  team.set_meanwhile(queue, team.meanwhile_end());
 }
 
 // This thread's part of x in fp32, for products of bf16 that are taken in fp32: once for every

@@ -50,11 +50,12 @@ FSSA_NOINLINE void put_together(RowSums sums, RowSums split, int64_t rows, int64
 // Sixteen keys turned round: word w of key j at to[w * kKeyBlock + j]; a word is one fp32 number or
 // two bf16 numbers, the last of an odd count with a zero.
 template <typename T>
-FSSA_INLINE void turn_round(float* to, const T* const* keys, int64_t dim) {
+FSSA_INLINE void turn_round(float* to, const T* const* keys, int64_t dim, Ahead& ahead) {
   uint32_t* words = reinterpret_cast<uint32_t*>(to);
   const int64_t whole = dim * static_cast<int64_t>(sizeof(T)) / 4;
   int64_t w = 0;
   for (; w + 16 <= whole; w += 16) {
+    fetch<kBothLinesRows, 512>(ahead);
     const void* rows[16];
     for (int j = 0; j < 16; ++j) rows[j] = reinterpret_cast<const uint32_t*>(keys[j]) + w;
     transpose_words(rows, words + w * kKeyBlock, kKeyBlock);
@@ -146,8 +147,7 @@ FSSA_INLINE int64_t score_groups(const AttentionCall& a, const Rows& q, const At
         FSSA_UNROLL
         for (int g = 0; g < kGroups; ++g) acc[r][g] = broadcast(0.0f);
       }
-      // So much a step makes as many keys in all as are scored.
-      accumulate<64 * kGroups>(q, reinterpret_cast<const T*>(s.keys + first), a.head_dim, acc,
+      accumulate<32 * kGroups>(q, reinterpret_cast<const T*>(s.keys + first), a.head_dim, acc,
                                ahead, kKeyBlock);
       FSSA_UNROLL
       for (int r = 0; r < kRows; ++r) {
@@ -274,6 +274,9 @@ struct KeyBlock {
   int64_t oldest;  // of them, the first that a row sees
   const T* keys[kKeyBlock];
   const T* values[kKeyBlock];
+  // From oldest on, keys that lie side by side: the number of such runs, and where each ends.
+  int64_t num_runs;
+  uint8_t run_end[kKeyBlock];
 };
 
 FSSA_INLINE int64_t first_block(const AttentionPiece& piece) {
@@ -290,6 +293,7 @@ FSSA_INLINE void find_block(const AttentionCall& a, const AttentionPiece& piece,
   block.first = first;
   block.num = smaller(kKeyBlock, piece.stop_key - first);
   block.oldest = larger(first, piece.first_key) - first;
+  block.num_runs = 0;
   for (int64_t j = block.oldest; j < block.num;) {
     const int64_t at = first + j, in_page = at % a.page_size;
     const int64_t stop = smaller(block.num, j + a.page_size - in_page);
@@ -298,46 +302,55 @@ FSSA_INLINE void find_block(const AttentionCall& a, const AttentionPiece& piece,
       block.keys[j] = static_cast<const T*>(a.k_cache) + row;
       block.values[j] = static_cast<const T*>(a.v_cache) + row;
     }
+    block.run_end[block.num_runs++] = static_cast<uint8_t>(stop);
   }
 }
 
-// The rows of a block that are read for a piece, as few spans of memory as they make.
+// What of a block's keys, then of its values, is read for a piece, as few spans of memory as that
+// makes: at most 2 * kKeyBlock.
 template <typename T>
 FSSA_INLINE Ahead to_bring(const AttentionCall& a, const AttentionPiece& piece,
-                           const KeyBlock<T>& block, const T* const* rows, Span* spans) {
+                           const KeyBlock<T>& block, Span* spans) {
   const int64_t last = kv_head(a, piece.first_head + piece.heads - 1);
   const int64_t read = (last - kv_head(a, piece.first_head) + 1) * a.head_dim;
-  const int64_t entry = a.num_kv_heads * a.head_dim;
+  const int64_t bytes = read * static_cast<int64_t>(sizeof(T));
+  const bool whole = read == a.num_kv_heads * a.head_dim;
   Span* end = spans;
-  for (int64_t j = block.oldest; j < block.num; ++j) {
-    const int64_t bytes = read * static_cast<int64_t>(sizeof(T));
-    if (read == entry && j > block.oldest && rows[j] == rows[j - 1] + entry) {
-      (end - 1)->bytes += bytes;
-    } else {
-      *end++ = {reinterpret_cast<const char*>(rows[j]), bytes};
+  for (const T* const* rows : {block.keys, block.values}) {
+    int64_t j = block.oldest;
+    for (int64_t run = 0; run < block.num_runs; ++run) {
+      const int64_t stop = block.run_end[run];
+      if (whole) {
+        *end++ = {reinterpret_cast<const char*>(rows[j]), (stop - j) * bytes};
+        j = stop;
+      }
+      for (; j < stop; ++j) *end++ = {reinterpret_cast<const char*>(rows[j]), bytes};
     }
   }
   return {nullptr, nullptr, spans, end, false};
 }
 
-// One KV head's part of a piece takes a block in. What `keys` and `values` name is brought meanwhile.
+// One KV head's part of a piece takes a block in. As many bytes are brought meanwhile as it reads, a
+// quarter of them while keys are turned round, as much during the scores and half during the mixing:
+// a core that asks for more at once waits.
 template <typename T>
 FSSA_INLINE void attend_block(const AttentionCall& a, const AttentionPiece& part,
-                              const AttentionScratch& s, const KeyBlock<T>& block, Ahead& keys,
-                              Ahead& values) {
+                              const AttentionScratch& s, const KeyBlock<T>& block, Ahead& ahead) {
   const int64_t padded = padded_dim(a.head_dim);
   const int64_t num_rows = part.num_tokens * part.heads;
-  for (int64_t j = 0; j < block.num; j += 16) turn_round(s.keys + j, block.keys + j, a.head_dim);
+  for (int64_t j = 0; j < block.num; j += 16) {
+    turn_round(s.keys + j, block.keys + j, a.head_dim, ahead);
+  }
   constexpr int kScoreRows = kMaxRows < 8 ? kMaxRows : 8, kMixRows = kMaxRows < 8 ? kMaxRows : 4;
   for (int64_t row = 0; row < num_rows; row += kScoreRows) {
-    score_rows_of<kScoreRows, T>(num_rows - row, a, part, s, row, block.num, keys);
+    score_rows_of<kScoreRows, T>(num_rows - row, a, part, s, row, block.num, ahead);
   }
   for (int64_t row = 0; row < num_rows; ++row) {
     soften_row(a, part, s, row, block.first, block.num);
   }
   for (int64_t row = 0; row < num_rows; row += kMixRows) {
     mix_rows_of<kMixRows>(num_rows - row, block.values, block.num, s.weights + row * kKeyBlock,
-                          s.sums.out + row * padded, padded, a.head_dim, values);
+                          s.sums.out + row * padded, padded, a.head_dim, ahead);
   }
 }
 
@@ -424,17 +437,15 @@ FSSA_INLINE void attend(const AttentionCall& a, const AttentionPiece& piece,
       clear(s.sums, num_rows, padded);
       split = split_stop(first);
     }
-    // The next block comes from memory while this one is computed, keys during the scores and
-    // values while they are mixed.
+    // The next block comes from memory while this one is computed.
     const bool ends = first + kKeyBlock >= piece.stop_key;
     const AttentionPiece* reader = ends ? next : &piece;
     KeyBlock<T> coming;
     Span spans[2 * kKeyBlock];
-    Ahead keys{}, values{};
+    Ahead ahead{};
     if (reader != nullptr) {
       find_block(a, *reader, ends ? first_block(*reader) : first + kKeyBlock, coming);
-      keys = to_bring(a, *reader, coming, coming.keys, spans);
-      values = to_bring(a, *reader, coming, coming.values, spans + kKeyBlock);
+      ahead = to_bring(a, *reader, coming, spans);
     }
     // Keys before the window lie in pages that nobody promised, and past the end there are none:
     // the nearest key stands in for them, and its weight there is zero.
@@ -445,12 +456,11 @@ FSSA_INLINE void attend(const AttentionCall& a, const AttentionPiece& piece,
     const int64_t padded_num = (block.num + 15) / 16 * 16;
     for (int64_t j = block.num; j < padded_num; ++j) block.keys[j] = block.keys[block.num - 1];
     for_each_part(a, piece, s, [&](const AttentionPiece& part, const AttentionScratch& own) {
-      attend_block(a, part, own, block, keys, values);
+      attend_block(a, part, own, block, ahead);
       for (int64_t j = 0; j < padded_num; ++j) block.keys[j] += a.head_dim;
       for (int64_t j = 0; j < block.num; ++j) block.values[j] += a.head_dim;
     });
-    fetch_rest(keys);
-    fetch_rest(values);
+    fetch_rest(ahead);
     if (reader != nullptr) block = coming;
   }
   if (piece.divided) {
@@ -483,11 +493,9 @@ void attention(const AttentionCall& a, Team& team) {
   if (walk.next(at_hand)) {
     KeyBlock<T> block;
     find_block(a, at_hand, first_block(at_hand), block);
-    Span spans[kKeyBlock];
-    for (const T* const* rows : {block.keys, block.values}) {
-      Ahead ahead = to_bring(a, at_hand, block, rows, spans);
-      fetch_rest(ahead);
-    }
+    Span spans[2 * kKeyBlock];
+    Ahead ahead = to_bring(a, at_hand, block, spans);
+    fetch_rest(ahead);
     while (walk.next(next)) {
       attend(a, at_hand, &next, s, block);
       at_hand = next;

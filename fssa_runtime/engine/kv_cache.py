@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
+
+from fssa_kernels import zeros_on_huge_pages
 
 from ..models.config import DecoderConfig
 
@@ -26,8 +29,7 @@ class KVCache:
         shape = (config.num_layers, num_pages, page_size, config.num_kv_heads, config.head_dim)
         self.page_size = page_size
         self.num_pages = num_pages
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.k, self.v = (_zeros(shape, dtype, device) for _ in range(2))
 
     def pages_for(self, num_tokens: int) -> int:
         """Pages that hold ``num_tokens`` tokens."""
@@ -44,3 +46,9 @@ class KVCache:
         """Fill pages with NaN, so that whoever still reads them is seen."""
         for memory in (self.k, self.v):
             memory[:, list(pages)] = float("nan")
+
+
+def _zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return zeros_on_huge_pages(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)

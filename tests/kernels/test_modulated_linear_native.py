@@ -1,6 +1,4 @@
-import errno
 import itertools
-import mmap
 import threading
 
 import pytest
@@ -12,7 +10,6 @@ from hypothesis import strategies as st
 from fssa_kernels import explain, modulated_linear, pack_matrix
 from fssa_kernels.native import MISSING, NATIVE
 from fssa_kernels.ops.modulated_linear.cases import _Sizes
-from fssa_kernels.packed import PackArena
 from fssa_kernels.testing import cases
 from tests.kernels.kernel_oracles import modulated_linear_oracle
 
@@ -279,16 +276,6 @@ def test_no_sizes_are_no_splits():
         modulated_linear(torch.zeros(2, 3), nothing, splits=[])
     with pytest.raises(ValueError, match="splits: expected at least one size and a sum of N = 0"):
         pack_matrix(nothing, splits=[])
-
-
-def test_packing_needs_no_huge_pages(monkeypatch):
-    class WithoutHugePages(mmap.mmap):
-        def madvise(self, *_):
-            raise OSError(errno.EINVAL, "Invalid argument")
-
-    monkeypatch.setattr(mmap, "mmap", WithoutHugePages)
-    matrix = torch.randn(20, 7)
-    assert torch.equal(pack_matrix(matrix, arena=PackArena()).unpack(), matrix)
 
 
 @pytest.mark.parametrize("trained", ["x", "weight", "bias", "lora_a", "lora_b", "rows"])

@@ -259,6 +259,6 @@ def test_import_brings_no_triton_and_touches_no_gpu():
 
 
 def test_public_names():
-    layouts = {"PackArena", "PackedMatrix", "extend_weight", "pack_matrix"}
-    assert set(fssa_kernels.__all__) == {*OPS, *layouts, "StepGraph", "explain"}
+    memory = {"PackArena", "PackedMatrix", "extend_weight", "pack_matrix", "zeros_on_huge_pages"}
+    assert set(fssa_kernels.__all__) == {*OPS, *memory, "StepGraph", "explain"}
     assert all(callable(getattr(fssa_kernels, name)) for name in fssa_kernels.__all__)
