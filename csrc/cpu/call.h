@@ -53,11 +53,11 @@ class Call {
   virtual std::vector<int64_t> check_key() const = 0;
 
   // What the thread reads first of what is too large to stay in a cache between two runs of the
-  // call, or nothing: the calls before bring it.
-  virtual Span first_read(const Team&) const { return {}; }
+  // call, or nothing: the call before that reads memory too brings it.
+  virtual FirstReads first_reads(const Team&) const { return {}; }
 
   // Appends what the thread reads in many places of a memory no cache holds, as far as `reads` has
-  // room without growing. Calls before it that have first_read bring it, as far as they compute
+  // room without growing. Calls before it that have first_reads bring it, as far as they compute
   // longer than they read.
   virtual void scattered_reads(const Team&, std::vector<Span>&) const {}
   virtual bool reads_scattered() const { return false; }

@@ -36,7 +36,7 @@ class Hold {
 void Graph::add(std::shared_ptr<const Call> call) {
   const Call& added = *call;
   if (keys_.emplace(typeid(added), added.check_key()).second) checked_.push_back(&added);
-  if (added.first_read(Team(0, 1, nullptr, nullptr)).bytes > 0) {
+  if (added.first_reads(Team(0, 1, nullptr, nullptr)).known()) {
     for (auto after = reader_after_.rbegin(); after != reader_after_.rend() && !*after; ++after) {
       *after = &added;
     }
@@ -52,9 +52,14 @@ void Graph::add(std::shared_ptr<const Call> call) {
 }
 
 void Graph::bring_ahead(size_t index, Team& team, std::vector<Span>& scattered) const {
-  const Call* reader = reader_after_[index];
-  team.set_upcoming(reader != nullptr ? reader->first_read(team) : Span{});
-  if (calls_[index]->reads_scattered()) team.set_meanwhile(nullptr, nullptr);
+  const Call& call = *calls_[index];
+  FirstReads first = call.first_reads(team);
+  if (first.known()) {
+    team.due() = team.upcoming().known() ? team.upcoming() : first;
+    const Call* reader = reader_after_[index];
+    team.upcoming() = reader != nullptr ? reader->first_reads(team) : FirstReads{};
+  }
+  if (call.reads_scattered()) team.set_meanwhile(nullptr, nullptr);
   if (scattered_after_[index] == nullptr) return;
   scattered.clear();
   scattered_after_[index]->scattered_reads(team, scattered);

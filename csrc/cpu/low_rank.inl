@@ -64,7 +64,8 @@ FSSA_INLINE void store_low_rank(const ModulatedLinearCall& a, int64_t at, Vec v,
 // Rows [t, t + kRows), 16 columns of A.
 template <int kRows, typename X, typename A>
 FSSA_NOINLINE void shrink_tile(const ModulatedLinearCall& a, const Input<X>& input, int64_t t,
-                               int64_t half, Ahead ahead) {
+                               int64_t half, Ahead& brought) {
+  Ahead ahead = brought;
   Vec acc[kRows][1];
   FSSA_UNROLL
   for (int r = 0; r < kRows; ++r) acc[r][0] = broadcast(0.0f);
@@ -74,7 +75,9 @@ FSSA_NOINLINE void shrink_tile(const ModulatedLinearCall& a, const Input<X>& inp
   }
   const A* columns =
       packed_at<A>(a.lora_a.data, half * half_bytes(a.lora_a.dtype, a.in_features));
-  accumulate(input.template rows<kRows>(t), columns, a.in_features, acc, ahead, kHalfColumns);
+  accumulate<kStepBytes / 2>(input.template rows<kRows>(t), columns, a.in_features, acc, ahead,
+                             kHalfColumns);
+  brought = ahead;
   // In memory: the loop over them is too long to be unrolled.
   Vec sums[kRows];
   FSSA_UNROLL
@@ -95,7 +98,7 @@ FSSA_NOINLINE void shrink_tile(const ModulatedLinearCall& a, const Input<X>& inp
 
 template <int kRows, typename A, typename X>
 FSSA_INLINE void shrink_tile_of(int64_t rows, const ModulatedLinearCall& a, const Input<X>& input,
-                                int64_t t, int64_t half, Ahead ahead) {
+                                int64_t t, int64_t half, Ahead& ahead) {
   if constexpr (kRows > 1) {
     if (rows < kRows) {
       shrink_tile_of<kRows - 1, A>(rows, a, input, t, half, ahead);
@@ -125,15 +128,13 @@ FSSA_INLINE void shrink(const ModulatedLinearCall& a, const Input<X>& input, int
   const int64_t halves = a.shrink_halves(), tiles = num_tiles(num_tokens);
   const Range mine = team.share(halves * tiles);
   const Runs rows(num_tokens, tiles);
+  FirstReads& due = team.due();
+  Ahead ahead{nullptr, nullptr, due.begin(), due.end(), false};
   for (int64_t i = mine.first; i < mine.last; ++i) {
     const int64_t first = rows.begin(i / halves), last = rows.begin(i / halves + 1);
-    // A tile brings the half of A that the next one begins with, the last tile the first panel of W.
-    const Span next = i + 1 == mine.last          ? a.first_panel(team)
-                      : i + 1 < mine.first + halves ? a.shrink_half((i + 1) % halves)
-                                                    : Span{};
-    const Ahead ahead{next.data, next.data + next.bytes, nullptr, nullptr, false};
     shrink_tile_of<kMaxRows, A>(last - first, a, input, first, i % halves, ahead);
   }
+  due.left_from(unread(ahead, due.begin()));
 }
 
 // v_s = M_s u_s for every projection s of row t.

@@ -85,15 +85,19 @@ std::vector<int64_t> ModulatedLinearCall::check_key() const {
   return {key(unread ? nullptr : slots), num_users, key(count.variable), count.fixed};
 }
 
-Span ModulatedLinearCall::first_read(const Team& team) const {
-  if (family == Family::kNone || family == Family::kFactors) return first_panel(team);
-  // Its first tiles of the shrink, each of another half of A.
-  const int64_t halves = shrink_halves(), rows = kernels().max_rows;
-  const Range mine = team.share(halves * ((count.get() + rows - 1) / rows));
-  if (mine.first == mine.last) return first_panel(team);
-  const int64_t first = mine.first % halves, num = std::min(halves - first, mine.last - mine.first);
-  const Span half = shrink_half(first);
-  return {half.data, num * half.bytes};
+FirstReads ModulatedLinearCall::first_reads(const Team& team) const {
+  FirstReads reads;
+  if (family != Family::kNone && family != Family::kFactors) {
+    // Tile after tile of the shrink reads another half of A, from the first one round to it again.
+    const int64_t halves = shrink_halves(), rows = kernels().max_rows;
+    const Range mine = team.share(halves * ((count.get() + rows - 1) / rows));
+    const int64_t first = mine.first % halves, num = std::min(halves, mine.last - mine.first);
+    const int64_t before = std::max<int64_t>(0, first + num - halves);
+    if (num > 0) reads.add(shrink_span(first, num - before));
+    if (before > 0) reads.add(shrink_span(0, before));
+  }
+  reads.add(first_panel(team));
+  return reads;
 }
 
 void ModulatedLinearCall::run(Team& team) const { kernels().modulated_linear(*this, team); }

@@ -108,9 +108,9 @@ struct ModulatedLinearCall final : Call {
     return static_cast<const char*>(weight) + index * panel_bytes();
   }
   int64_t shrink_halves() const { return (width() + kHalfColumns - 1) / kHalfColumns; }
-  Span shrink_half(int64_t index) const {
+  Span shrink_span(int64_t first, int64_t num) const {
     const int64_t bytes = half_bytes(lora_a.dtype, in_features);
-    return {static_cast<const char*>(lora_a.data) + index * bytes, bytes};
+    return {static_cast<const char*>(lora_a.data) + first * bytes, num * bytes};
   }
   // Where in its user's row the modulation of row t has the number `index`.
   const void* user_row(int64_t t, int64_t index) const {
@@ -123,7 +123,7 @@ struct ModulatedLinearCall final : Call {
 
   void check() const override;
   std::vector<int64_t> check_key() const override;
-  Span first_read(const Team& team) const override;
+  FirstReads first_reads(const Team& team) const override;
   void run(Team& team) const override;
 };
 

@@ -153,6 +153,9 @@ FSSA_INLINE void product(const ModulatedLinearCall& a, const Input<X>& input, in
   if (offered) team.offer(mine);
   const Runs rows(num_tokens, tiles.tiles);
   Span* queue = team.meanwhile();
+  FirstReads& upcoming = team.upcoming();
+  // How far the first panel has been asked for.
+  const char* asked = team.due().begin() != team.due().end() ? team.due().end()[-1].data : nullptr;
   bool left = true;
   for (int64_t chunk = 0; chunk < tiles.chunks && left; ++chunk) {
     const Range of_chunk = tiles.of_chunk(chunk);
@@ -164,15 +167,21 @@ FSSA_INLINE void product(const ModulatedLinearCall& a, const Input<X>& input, in
     // While a panel is computed, the next one comes from memory and, since the low-rank term has
     // steps too, something of the one after it. With the last panel comes what follows.
     const char* const stop = a.panel((end - 1 - start) / height + 1);
-    const char* brought = a.panel(panel + 1);
+    // Of the first panel what has not been asked for comes first, unless that is most of it: then it
+    // would be asked for when it is read, and so would all that follows.
+    const bool knows = a.panel(panel) + a.panel_bytes() / 2 <= asked && asked < a.panel(panel + 1);
+    const char* brought = knows ? asked : a.panel(panel + 1);
     for (int64_t i = begin; i < end && left; ++panel, tile = of_chunk.first) {
       fetch_expand(a, panel);
       const char* const bound = a.panel(panel + 2) + kLeadBytes;
-      Ahead ahead{brought, bound < stop ? bound : stop, queue, team.meanwhile_end(), height > 1};
-      if (a.panel(panel + 1) == stop) {
-        const Span next = end < mine.last ? Span{a.panel(0), a.panel_bytes()} : team.upcoming();
-        ahead.at = next.data;
-        ahead.end = next.data + next.bytes;
+      const bool halved = height > 1 && brought >= a.panel(panel + 1);
+      Ahead ahead{brought, bound < stop ? bound : stop, queue, team.meanwhile_end(), halved};
+      const bool ends = a.panel(panel + 1) == stop && end == mine.last;
+      if (ends) {
+        ahead = {brought, stop, upcoming.begin(), upcoming.end(), halved};
+      } else if (a.panel(panel + 1) == stop) {
+        ahead.at = a.panel(0);
+        ahead.end = a.panel(1);
       }
       brought = ahead.end;
       for (; tile < of_chunk.last && i < end; ++tile, ++i) {
@@ -181,8 +190,12 @@ FSSA_INLINE void product(const ModulatedLinearCall& a, const Input<X>& input, in
         const int64_t first = rows.begin(tile);
         tile_of<kMaxRows, T>(rows.begin(tile + 1) - first, a, input, first, panel, ready, ahead);
       }
-      if (ahead.queue == queue && ahead.at < brought) brought = ahead.at;
-      queue = unread(ahead, queue);
+      if (ends) {
+        upcoming.left_from(unread(ahead, upcoming.begin()));
+      } else {
+        if (ahead.queue == queue && ahead.at < brought) brought = ahead.at;
+        queue = unread(ahead, queue);
+      }
     }
   }
   if (offered) {

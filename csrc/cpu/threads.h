@@ -23,6 +23,18 @@ struct Span {
   int64_t bytes = 0;
 };
 
+// What a call reads first, in order. Whoever asks for some of it ahead leaves the rest.
+struct FirstReads {
+  Span spans[3];
+  int first = 0, last = 0;
+
+  void add(Span memory) { spans[last++] = memory; }
+  void left_from(const Span* rest) { first = static_cast<int>(rest - spans); }
+  bool known() const { return last > 0; }
+  Span* begin() { return spans + first; }
+  Span* end() { return spans + last; }
+};
+
 inline void relax() {
 #if defined(__x86_64__) || defined(_M_X64)
   __builtin_ia32_pause();
@@ -95,9 +107,10 @@ class Team {
     wait();
   }
 
-  // What this thread will read from memory after the call at hand.
-  Span upcoming() const { return upcoming_; }
-  void set_upcoming(Span memory) { upcoming_ = memory; }
+  // What this thread reads first in the call at hand, as far as the calls before have not asked for
+  // it, and in the next one that reads memory, for this one to ask for in the end.
+  FirstReads& due() { return reads_due_; }
+  FirstReads& upcoming() { return upcoming_; }
 
   // What it will read in many places then, for the call at hand to bring while it has time: a
   // queue, whose entries may be changed.
@@ -137,7 +150,7 @@ class Team {
   std::atomic<int64_t>* arrivals_;
   Share* shares_;
   int64_t due_ = 0;
-  Span upcoming_;
+  FirstReads reads_due_, upcoming_;
   Span* meanwhile_ = nullptr;
   Span* meanwhile_end_ = nullptr;
 };
