@@ -4,6 +4,7 @@
 #include "math.inl"
 #include "multiply.inl"
 #include "low_rank.inl"
+#include "panel_reads.inl"
 #include "modulated_linear.inl"
 #include "take_rows.inl"
 #include "residual_film_rms_norm.inl"

@@ -152,10 +152,7 @@ FSSA_INLINE void product(const ModulatedLinearCall& a, const Input<X>& input, in
   const bool offered = tiles.tiles > 1 && team.size() > 1 && tiles.size() <= Share::kMaxPieces;
   if (offered) team.offer(mine);
   const Runs rows(num_tokens, tiles.tiles);
-  Span* queue = team.meanwhile();
-  FirstReads& upcoming = team.upcoming();
-  // How far the first panel has been asked for.
-  const char* asked = team.due().begin() != team.due().end() ? team.due().end()[-1].data : nullptr;
+  PanelReads reads(a, team);
   bool left = true;
   for (int64_t chunk = 0; chunk < tiles.chunks && left; ++chunk) {
     const Range of_chunk = tiles.of_chunk(chunk);
@@ -164,48 +161,24 @@ FSSA_INLINE void product(const ModulatedLinearCall& a, const Input<X>& input, in
     const int64_t begin = larger(mine.first, start);
     const int64_t end = smaller(mine.last, start + tiles.num_panels * height);
     int64_t panel = (begin - start) / height, tile = of_chunk.first + (begin - start) % height;
-    // While a panel is computed, the next one comes from memory and, since the low-rank term has
-    // steps too, something of the one after it. With the last panel comes what follows.
-    const char* const stop = a.panel((end - 1 - start) / height + 1);
-    // Of the first panel what has not been asked for comes first, unless that is most of it: then it
-    // would be asked for when it is read, and so would all that follows.
-    const bool knows = a.panel(panel) + a.panel_bytes() / 2 <= asked && asked < a.panel(panel + 1);
-    const char* brought = knows ? asked : a.panel(panel + 1);
+    reads.begin(panel, (end - 1 - start) / height, end == mine.last);
     for (int64_t i = begin; i < end && left; ++panel, tile = of_chunk.first) {
       fetch_expand(a, panel);
-      const char* const bound = a.panel(panel + 2) + kLeadBytes;
-      const bool halved = height > 1 && brought >= a.panel(panel + 1);
-      Ahead ahead{brought, bound < stop ? bound : stop, queue, team.meanwhile_end(), halved};
-      const bool ends = a.panel(panel + 1) == stop && end == mine.last;
-      if (ends) {
-        ahead = {brought, stop, upcoming.begin(), upcoming.end(), halved};
-      } else if (a.panel(panel + 1) == stop) {
-        ahead.at = a.panel(0);
-        ahead.end = a.panel(1);
-      }
-      brought = ahead.end;
+      Ahead ahead = reads.of(panel, height > 1);
       for (; tile < of_chunk.last && i < end; ++tile, ++i) {
         left = !offered || team.take() >= 0;
         if (!left) break;
         const int64_t first = rows.begin(tile);
         tile_of<kMaxRows, T>(rows.begin(tile + 1) - first, a, input, first, panel, ready, ahead);
       }
-      if (ends) {
-        upcoming.left_from(unread(ahead, upcoming.begin()));
-      } else {
-        if (ahead.queue == queue && ahead.at < brought) brought = ahead.at;
-        queue = unread(ahead, queue);
-      }
+      reads.leave(panel, ahead);
     }
   }
-  if (offered) {
-    Ahead ahead{nullptr, nullptr, queue, team.meanwhile_end(), true};
-    for (int64_t index = team.help(); index >= 0; index = team.help()) {
-      help<T>(a, input, tiles, rows, index, ready, ahead);
-    }
-    queue = unread(ahead, queue);
+  Ahead ahead = reads.of_queue();
+  for (int64_t index = offered ? team.help() : -1; index >= 0; index = team.help()) {
+    help<T>(a, input, tiles, rows, index, ready, ahead);
   }
-  team.set_meanwhile(queue, team.meanwhile_end());
+  reads.end(ahead);
 }
 
 // This thread's part of x in fp32, for products of bf16 that are taken in fp32: once for every
