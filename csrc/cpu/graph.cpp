@@ -12,7 +12,7 @@ using Clock = std::chrono::steady_clock;
 constexpr auto kPollInterval = std::chrono::milliseconds(50);
 constexpr size_t kMaxScattered = 1024;
 // How many calls before one that reads in many places bring that: the more, the less of it each has
-// to ask for beside its own weights. Measured on Zen 5 at 32 rows: three better than two.
+// to ask for beside its own weights.
 constexpr size_t kReadersThatBring = 3;
 
 // Has the graph for one replay.

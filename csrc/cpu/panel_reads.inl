@@ -8,9 +8,9 @@ class PanelReads {
   FSSA_INLINE_MEMBER PanelReads(const ModulatedLinearCall& call, Team& team)
       : call_(call), team_(team), queue_(team.meanwhile()) {}
 
-  // Before a run of panels from `first` to `last`, the thread's last ones or not. Of its very first
-  // panel comes before all else what the calls before have left, unless that is most of it: then it
-  // would be asked for when it is read, and so would all that follows.
+  // Before a run of panels from `first` to `last`, the thread's last ones or not. Of the panel
+  // that the thread begins with comes before all else what the calls before have left, unless that
+  // is most of it: then it would be asked for when it is read, and so would all that follows.
   FSSA_INLINE_MEMBER void begin(int64_t first, int64_t last, bool ends) {
     FirstReads& due = team_.due();
     const char* const left = due.begin() != due.end() ? due.end()[-1].data : nullptr;

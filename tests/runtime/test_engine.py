@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable
 from typing import Any
 
@@ -81,6 +82,13 @@ def test_pages_of_earlier_requests_do_not_leak_into_later_ones(model: LanguageMo
     first.cache.k.fill_(float("nan"))
     first.cache.v.fill_(float("nan"))
     assert all(same(a, b) for a, b in zip(first.generate(requests), expected, strict=True))
+
+
+def test_keys_and_values_begin_on_huge_pages(model: LanguageModel) -> None:
+    cache = engine(model).cache
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        assert cache.k.data_ptr() % 2**21 == cache.v.data_ptr() % 2**21 == 0
+    assert cache.k.dtype == cache.v.dtype == model.decoder.dtype
 
 
 def test_the_end_of_an_answer(model: LanguageModel) -> None:
