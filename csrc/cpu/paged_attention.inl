@@ -47,37 +47,38 @@ FSSA_NOINLINE void put_together(RowSums sums, RowSums split, int64_t rows, int64
   }
 }
 
-// Sixteen keys turned round: word w of key j at to[w * kKeyBlock + j]; a word is one fp32 number or
-// two bf16 numbers, the last of an odd count with a zero.
+// Sixteen keys, key j at keys + at[j], turned round: word w of key j at to[w * kKeyBlock + j]; a word is
+// one fp32 number or two bf16 numbers, the last of an odd count with a zero.
 template <typename T>
-FSSA_INLINE void turn_round(float* to, const T* const* keys, int64_t dim, Ahead& ahead) {
+FSSA_INLINE void turn_round(float* to, const T* keys, const int64_t* at, int64_t dim,
+                            Ahead& ahead) {
   uint32_t* words = reinterpret_cast<uint32_t*>(to);
   const int64_t whole = dim * static_cast<int64_t>(sizeof(T)) / 4;
   int64_t w = 0;
   for (; w + 16 <= whole; w += 16) {
     fetch<kBothLinesRows, 512>(ahead);
     const void* rows[16];
-    for (int j = 0; j < 16; ++j) rows[j] = reinterpret_cast<const uint32_t*>(keys[j]) + w;
+    for (int j = 0; j < 16; ++j) rows[j] = reinterpret_cast<const uint32_t*>(keys + at[j]) + w;
     transpose_words(rows, words + w * kKeyBlock, kKeyBlock);
   }
   for (; w < whole; ++w) {
     for (int j = 0; j < 16; ++j) {
-      const char* word = reinterpret_cast<const char*>(keys[j]) + 4 * w;
+      const char* word = reinterpret_cast<const char*>(keys + at[j]) + 4 * w;
       __builtin_memcpy(words + w * kKeyBlock + j, word, 4);
     }
   }
   if (dim * sizeof(T) % 4) {
     for (int j = 0; j < 16; ++j) {
       words[w * kKeyBlock + j] = 0;
-      __builtin_memcpy(words + w * kKeyBlock + j, keys[j] + dim - 1, sizeof(T));
+      __builtin_memcpy(words + w * kKeyBlock + j, keys + at[j] + dim - 1, sizeof(T));
     }
   }
 }
 
-// out[d] += sum_j weight[j] V[j][d] for kRows rows and 16 * kVecs channels.
+// out[d] += sum_j weight[j] V[j][d] for kRows rows and 16 * kVecs channels; V[j] at values + at[j].
 template <int kRows, int kVecs, typename T>
-FSSA_INLINE void mix(const T* const* values, int64_t num, const float* weights, float* out,
-                     int64_t padded, int64_t d, Ahead& ahead) {
+FSSA_INLINE void mix(const T* values, const int64_t* at, int64_t num, const float* weights,
+                     float* out, int64_t padded, int64_t d, Ahead& ahead) {
   Vec acc[kRows][kVecs];
   FSSA_UNROLL
   for (int r = 0; r < kRows; ++r) {
@@ -88,7 +89,7 @@ FSSA_INLINE void mix(const T* const* values, int64_t num, const float* weights, 
     fetch<kBothLinesRows, 16 * kVecs * static_cast<int>(sizeof(T))>(ahead);
     FSSA_UNROLL
     for (int c = 0; c < kVecs; ++c) {
-      const Vec value = load(values[j] + d + 16 * c);
+      const Vec value = load(values + at[j] + d + 16 * c);
       FSSA_UNROLL
       for (int r = 0; r < kRows; ++r) add_product(acc[r][c], value, weights + r * kKeyBlock + j);
     }
@@ -101,19 +102,20 @@ FSSA_INLINE void mix(const T* const* values, int64_t num, const float* weights, 
 }
 
 template <int kRows, typename T>
-FSSA_INLINE void mix_rows(const T* const* values, int64_t num, const float* weights, float* out,
-                          int64_t padded, int64_t dim, Ahead& ahead) {
+FSSA_INLINE void mix_rows(const T* values, const int64_t* at, int64_t num, const float* weights,
+                          float* out, int64_t padded, int64_t dim, Ahead& ahead) {
   constexpr int kVecs = 4 * kRows <= kMaxSums ? 4 : 2 * kRows <= kMaxSums ? 2 : 1;
   int64_t d = 0;
   for (; d + 16 * kVecs <= dim; d += 16 * kVecs) {
-    mix<kRows, kVecs>(values, num, weights, out, padded, d, ahead);
+    mix<kRows, kVecs>(values, at, num, weights, out, padded, d, ahead);
   }
-  for (; d + 16 <= dim; d += 16) mix<kRows, 1>(values, num, weights, out, padded, d, ahead);
+  for (; d + 16 <= dim; d += 16) mix<kRows, 1>(values, at, num, weights, out, padded, d, ahead);
   if (d < dim) {
     for (int r = 0; r < kRows; ++r) {
       Vec acc = load(out + r * padded + d);
       for (int64_t j = 0; j < num; ++j) {
-        acc = fma(broadcast(weights[r * kKeyBlock + j]), load_first(values[j] + d, dim - d), acc);
+        const Vec value = load_first(values + at[j] + d, dim - d);
+        acc = fma(broadcast(weights[r * kKeyBlock + j]), value, acc);
       }
       store(out + r * padded + d, acc);
     }
@@ -121,16 +123,16 @@ FSSA_INLINE void mix_rows(const T* const* values, int64_t num, const float* weig
 }
 
 template <int kRows, typename T>
-FSSA_INLINE void mix_rows_of(int64_t rows, const T* const* values, int64_t num,
+FSSA_INLINE void mix_rows_of(int64_t rows, const T* values, const int64_t* at, int64_t num,
                              const float* weights, float* out, int64_t padded, int64_t dim,
                              Ahead& ahead) {
   if constexpr (kRows > 1) {
     if (rows < kRows) {
-      mix_rows_of<kRows - 1>(rows, values, num, weights, out, padded, dim, ahead);
+      mix_rows_of<kRows - 1>(rows, values, at, num, weights, out, padded, dim, ahead);
       return;
     }
   }
-  mix_rows<kRows>(values, num, weights, out, padded, dim, ahead);
+  mix_rows<kRows>(values, at, num, weights, out, padded, dim, ahead);
 }
 
 // weights[j] = scale q . k_j for kRows rows from `row` on and the keys from `first` on, 16 * kGroups
@@ -231,7 +233,7 @@ FSSA_INLINE void soften_row(const AttentionCall& a, const AttentionPiece& piece,
   const float before = s.sums.maximum[row], block = largest(highest);
   const float now = block > before ? block : before;
   Vec total = load(s.sums.total + row * 16);
-  if (before != now) {
+  if (before != now && before > -__builtin_inff()) {
     const Vec fade = exp(broadcast(before - now));
     total = mul(total, fade);
     float* out = s.sums.out + row * padded;
@@ -247,33 +249,28 @@ FSSA_INLINE void soften_row(const AttentionCall& a, const AttentionPiece& piece,
   s.sums.maximum[row] = now;
 }
 
-FSSA_INLINE int64_t kv_head(const AttentionCall& a, int64_t head) {
-  return head / (a.num_heads / a.num_kv_heads);
-}
-
-// Calls each(part, scratch of its rows) for every KV head of a piece.
+// Calls each(part, scratch of its rows, KV head) for every KV head of a piece.
 template <typename Each>
 FSSA_INLINE void for_each_part(const AttentionCall& a, const AttentionPiece& piece,
                                const AttentionScratch& s, const Each& each) {
   const int64_t groups = a.num_heads / a.num_kv_heads, padded = padded_dim(a.head_dim);
   const int64_t last = piece.first_head + piece.heads;
+  int64_t kv_head = piece.first_head / groups, row = 0;
   AttentionPiece part = piece;
-  for (int64_t head = piece.first_head, row = 0; head < last; head += part.heads) {
+  for (int64_t head = piece.first_head; head < last; head += part.heads, ++kv_head) {
     part.first_head = head;
-    part.heads = smaller(last, (head / groups + 1) * groups) - head;
-    each(part, s.from(row, padded));
+    part.heads = smaller(last, (kv_head + 1) * groups) - head;
+    each(part, s.from(row, padded), kv_head);
     row += part.num_tokens * part.heads;
   }
 }
 
-// Where a block's keys and values for a KV head lie.
-template <typename T>
+// Where a block's keys and values lie.
 struct KeyBlock {
   int64_t first;   // position of the block's first key
   int64_t num;     // keys up to the last one there is
   int64_t oldest;  // of them, the first that a row sees
-  const T* keys[kKeyBlock];
-  const T* values[kKeyBlock];
+  int64_t at[kKeyBlock];  // of a key, and of its value: elements from the cache's first one
   // From oldest on, keys that lie side by side: the number of such runs, and where each ends.
   int64_t num_runs;
   uint8_t run_end[kKeyBlock];
@@ -283,75 +280,90 @@ FSSA_INLINE int64_t first_block(const AttentionPiece& piece) {
   return piece.first_key / kKeyBlock * kKeyBlock;
 }
 
-// The block of a piece's keys from `first` on, a multiple of kKeyBlock, for its first KV head.
-template <typename T>
+// The block of a piece's keys from `first` on, a multiple of kKeyBlock.
 FSSA_INLINE void find_block(const AttentionCall& a, const AttentionPiece& piece, int64_t first,
-                            KeyBlock<T>& block) {
+                            KeyBlock& block) {
   const int32_t* pages = a.block_tables + piece.sequence * a.block_stride;
   const int64_t entry = a.num_kv_heads * a.head_dim;
-  const int64_t offset = kv_head(a, piece.first_head) * a.head_dim;
   block.first = first;
   block.num = smaller(kKeyBlock, piece.stop_key - first);
   block.oldest = larger(first, piece.first_key) - first;
   block.num_runs = 0;
   for (int64_t j = block.oldest; j < block.num;) {
-    const int64_t at = first + j, in_page = at % a.page_size;
+    const int64_t key = first + j, in_page = key % a.page_size;
     const int64_t stop = smaller(block.num, j + a.page_size - in_page);
-    int64_t row = (pages[at / a.page_size] * a.page_size + in_page) * entry + offset;
-    for (; j < stop; ++j, row += entry) {
-      block.keys[j] = static_cast<const T*>(a.k_cache) + row;
-      block.values[j] = static_cast<const T*>(a.v_cache) + row;
-    }
+    int64_t row = (pages[key / a.page_size] * a.page_size + in_page) * entry;
+    for (; j < stop; ++j, row += entry) block.at[j] = row;
     block.run_end[block.num_runs++] = static_cast<uint8_t>(stop);
   }
+  // Keys before the window lie in pages that nobody promised, and past the end there are none, up to
+  // a multiple of 16: the nearest key stands in for them, and its weight there is zero.
+  for (int64_t j = 0; j < block.oldest; ++j) block.at[j] = block.at[block.oldest];
+  for (int64_t j = block.num; j % 16; ++j) block.at[j] = block.at[block.num - 1];
 }
 
 // What of a block's keys, then of its values, is read for a piece, as few spans of memory as that
 // makes: at most 2 * kKeyBlock.
 template <typename T>
 FSSA_INLINE Ahead to_bring(const AttentionCall& a, const AttentionPiece& piece,
-                           const KeyBlock<T>& block, Span* spans) {
-  const int64_t last = kv_head(a, piece.first_head + piece.heads - 1);
-  const int64_t read = (last - kv_head(a, piece.first_head) + 1) * a.head_dim;
+                           const KeyBlock& block, Span* spans) {
+  const int64_t groups = a.num_heads / a.num_kv_heads;
+  const int64_t kv_head = piece.first_head / groups;
+  const int64_t last = (piece.first_head + piece.heads - 1) / groups;
+  const int64_t read = (last - kv_head + 1) * a.head_dim;
   const int64_t bytes = read * static_cast<int64_t>(sizeof(T));
   const bool whole = read == a.num_kv_heads * a.head_dim;
   Span* end = spans;
-  for (const T* const* rows : {block.keys, block.values}) {
+  for (const void* cache : {a.k_cache, a.v_cache}) {
+    const T* const rows = static_cast<const T*>(cache) + kv_head * a.head_dim;
     int64_t j = block.oldest;
     for (int64_t run = 0; run < block.num_runs; ++run) {
       const int64_t stop = block.run_end[run];
       if (whole) {
-        *end++ = {reinterpret_cast<const char*>(rows[j]), (stop - j) * bytes};
+        *end++ = {reinterpret_cast<const char*>(rows + block.at[j]), (stop - j) * bytes};
         j = stop;
       }
-      for (; j < stop; ++j) *end++ = {reinterpret_cast<const char*>(rows[j]), bytes};
+      for (; j < stop; ++j) *end++ = {reinterpret_cast<const char*>(rows + block.at[j]), bytes};
     }
   }
   return {nullptr, nullptr, spans, end, false};
 }
 
-// One KV head's part of a piece takes a block in. As many bytes are brought meanwhile as it reads, a
-// quarter of them while keys are turned round, as much during the scores and half during the mixing:
-// a core that asks for more at once waits.
+// A piece takes a block in: scores of all its KV heads, then their softmax, then their values, since
+// within one head each would wait for the one before. As many bytes are brought meanwhile as it
+// reads, a quarter of them while keys are turned round, as much during the scores and half during
+// the mixing: a core that asks for more at once waits.
 template <typename T>
-FSSA_INLINE void attend_block(const AttentionCall& a, const AttentionPiece& part,
-                              const AttentionScratch& s, const KeyBlock<T>& block, Ahead& ahead) {
-  const int64_t padded = padded_dim(a.head_dim);
-  const int64_t num_rows = part.num_tokens * part.heads;
-  for (int64_t j = 0; j < block.num; j += 16) {
-    turn_round(s.keys + j, block.keys + j, a.head_dim, ahead);
-  }
+FSSA_INLINE void attend_block(const AttentionCall& a, const AttentionPiece& piece,
+                              const AttentionScratch& s, const KeyBlock& block, Ahead& ahead) {
   constexpr int kScoreRows = kMaxRows < 8 ? kMaxRows : 8, kMixRows = kMaxRows < 8 ? kMaxRows : 4;
-  for (int64_t row = 0; row < num_rows; row += kScoreRows) {
-    score_rows_of<kScoreRows, T>(num_rows - row, a, part, s, row, block.num, ahead);
-  }
-  for (int64_t row = 0; row < num_rows; ++row) {
-    soften_row(a, part, s, row, block.first, block.num);
-  }
-  for (int64_t row = 0; row < num_rows; row += kMixRows) {
-    mix_rows_of<kMixRows>(num_rows - row, block.values, block.num, s.weights + row * kKeyBlock,
-                          s.sums.out + row * padded, padded, a.head_dim, ahead);
-  }
+  const int64_t padded = padded_dim(a.head_dim);
+  for_each_part(a, piece, s, [&](const AttentionPiece& part, const AttentionScratch& own,
+                                 int64_t kv_head) {
+    const T* const keys = static_cast<const T*>(a.k_cache) + kv_head * a.head_dim;
+    for (int64_t j = 0; j < block.num; j += 16) {
+      turn_round(own.keys + j, keys, block.at + j, a.head_dim, ahead);
+    }
+    const int64_t num_rows = part.num_tokens * part.heads;
+    for (int64_t row = 0; row < num_rows; row += kScoreRows) {
+      score_rows_of<kScoreRows, T>(num_rows - row, a, part, own, row, block.num, ahead);
+    }
+  });
+  for_each_part(a, piece, s, [&](const AttentionPiece& part, const AttentionScratch& own, int64_t) {
+    for (int64_t row = 0; row < part.num_tokens * part.heads; ++row) {
+      soften_row(a, part, own, row, block.first, block.num);
+    }
+  });
+  for_each_part(a, piece, s, [&](const AttentionPiece& part, const AttentionScratch& own,
+                                 int64_t kv_head) {
+    const T* const values = static_cast<const T*>(a.v_cache) + kv_head * a.head_dim;
+    const int64_t num_rows = part.num_tokens * part.heads;
+    for (int64_t row = 0; row < num_rows; row += kMixRows) {
+      mix_rows_of<kMixRows>(num_rows - row, values, block.at, block.num,
+                            own.weights + row * kKeyBlock, own.sums.out + row * padded, padded,
+                            a.head_dim, ahead);
+    }
+  });
 }
 
 // Results of a piece's rows, from what was summed up of all their keys.
@@ -361,7 +373,7 @@ FSSA_INLINE void store_rows(const AttentionCall& a, const AttentionPiece& piece,
   const int64_t padded = padded_dim(a.head_dim);
   AttentionScratch from = s;
   from.sums = sums;
-  for_each_part(a, piece, from, [&](const AttentionPiece& part, const AttentionScratch& own) {
+  for_each_part(a, piece, from, [&](const AttentionPiece& part, const AttentionScratch& own, int64_t) {
     for (int64_t r = 0; r < part.num_tokens * part.heads; ++r) {
       T* out = static_cast<T*>(a.out) + ((part.first_token + r / part.heads) * a.num_heads +
                                          part.first_head + r % part.heads) *
@@ -397,10 +409,11 @@ FSSA_INLINE void store_divided(const AttentionCall& a, AttentionPiece piece,
 }
 
 // A piece, whose first block is `block`; on return that is the first one of `next`, if there is one.
+// Both are memory for a block, which change places.
 template <typename T>
 FSSA_INLINE void attend(const AttentionCall& a, const AttentionPiece& piece,
                         const AttentionPiece* next, const AttentionScratch& scratch,
-                        KeyBlock<T>& block) {
+                        KeyBlock*& block, KeyBlock*& coming) {
   const int64_t padded = padded_dim(a.head_dim);
   const int64_t num_rows = piece.num_tokens * piece.heads;
   AttentionScratch s = scratch;
@@ -410,7 +423,8 @@ FSSA_INLINE void attend(const AttentionCall& a, const AttentionPiece& piece,
   }
   clear(s.sums, num_rows, padded);
   if constexpr (kWidensQueries<T>) {
-    for_each_part(a, piece, s, [&](const AttentionPiece& part, const AttentionScratch& own) {
+    for_each_part(a, piece, s, [&](const AttentionPiece& part, const AttentionScratch& own,
+                                   int64_t) {
       for (int64_t r = 0; r < part.num_tokens * part.heads; ++r) {
         const T* q = query<T>(a, part, r);
         for (int64_t d = 0; d < a.head_dim; d += 16) {
@@ -419,7 +433,7 @@ FSSA_INLINE void attend(const AttentionCall& a, const AttentionPiece& piece,
       }
     });
   }
-  int64_t split = split_stop(block.first);
+  int64_t split = split_stop(block->first);
   bool is_first = true;
   const auto end_split = [&] {
     if (is_first) {
@@ -431,7 +445,7 @@ FSSA_INLINE void attend(const AttentionCall& a, const AttentionPiece& piece,
     }
     is_first = false;
   };
-  for (int64_t first = block.first; first < piece.stop_key; first += kKeyBlock) {
+  for (int64_t first = block->first; first < piece.stop_key; first += kKeyBlock) {
     if (first == split) {
       end_split();
       clear(s.sums, num_rows, padded);
@@ -440,28 +454,19 @@ FSSA_INLINE void attend(const AttentionCall& a, const AttentionPiece& piece,
     // The next block comes from memory while this one is computed.
     const bool ends = first + kKeyBlock >= piece.stop_key;
     const AttentionPiece* reader = ends ? next : &piece;
-    KeyBlock<T> coming;
     Span spans[2 * kKeyBlock];
     Ahead ahead{};
     if (reader != nullptr) {
-      find_block(a, *reader, ends ? first_block(*reader) : first + kKeyBlock, coming);
-      ahead = to_bring(a, *reader, coming, spans);
+      find_block(a, *reader, ends ? first_block(*reader) : first + kKeyBlock, *coming);
+      ahead = to_bring<T>(a, *reader, *coming, spans);
     }
-    // Keys before the window lie in pages that nobody promised, and past the end there are none:
-    // the nearest key stands in for them, and its weight there is zero.
-    for (int64_t j = 0; j < block.oldest; ++j) {
-      block.keys[j] = block.keys[block.oldest];
-      block.values[j] = block.values[block.oldest];
-    }
-    const int64_t padded_num = (block.num + 15) / 16 * 16;
-    for (int64_t j = block.num; j < padded_num; ++j) block.keys[j] = block.keys[block.num - 1];
-    for_each_part(a, piece, s, [&](const AttentionPiece& part, const AttentionScratch& own) {
-      attend_block(a, part, own, block, ahead);
-      for (int64_t j = 0; j < padded_num; ++j) block.keys[j] += a.head_dim;
-      for (int64_t j = 0; j < block.num; ++j) block.values[j] += a.head_dim;
-    });
+    attend_block<T>(a, piece, s, *block, ahead);
     fetch_rest(ahead);
-    if (reader != nullptr) block = coming;
+    if (reader != nullptr) {
+      KeyBlock* const done = block;
+      block = coming;
+      coming = done;
+    }
   }
   if (piece.divided) {
     if (a.completes(piece)) store_divided<T>(a, piece, s);
@@ -491,16 +496,17 @@ void attention(const AttentionCall& a, Team& team) {
   AttentionWalk walk(a, team);
   AttentionPiece at_hand{}, next{};
   if (walk.next(at_hand)) {
-    KeyBlock<T> block;
-    find_block(a, at_hand, first_block(at_hand), block);
+    KeyBlock memory[2];
+    KeyBlock *block = memory, *coming = memory + 1;
+    find_block(a, at_hand, first_block(at_hand), *block);
     Span spans[2 * kKeyBlock];
-    Ahead ahead = to_bring(a, at_hand, block, spans);
+    Ahead ahead = to_bring<T>(a, at_hand, *block, spans);
     fetch_rest(ahead);
     while (walk.next(next)) {
-      attend(a, at_hand, &next, s, block);
+      attend<T>(a, at_hand, &next, s, block, coming);
       at_hand = next;
     }
-    attend<T>(a, at_hand, nullptr, s, block);
+    attend<T>(a, at_hand, nullptr, s, block, coming);
   }
   // Rows that belong to no request are zero.
   if (team.index() == 0) {

@@ -14,7 +14,10 @@ struct RowStats {
   float log_total;  // log sum exp(l - largest)
 };
 
-RowStats combine(const ChunkStats* stats, int64_t num_chunks) {
+// Of row `b`, from its chunks. The largest logit is looked for in the chunk that has it alone.
+RowStats combine(const SampleCall& a, int64_t b) {
+  const int64_t num_chunks = a.num_chunks();
+  const ChunkStats* stats = a.stats + b * num_chunks;
   int64_t best = 0;
   for (int64_t c = 1; c < num_chunks; ++c) {
     if (stats[c].largest > stats[best].largest) best = c;
@@ -25,8 +28,13 @@ RowStats combine(const ChunkStats* stats, int64_t num_chunks) {
     if (stats[c].largest == -INFINITY && top != -INFINITY) continue;  // its sum is NaN
     total += static_cast<double>(stats[c].total) * std::exp(double(stats[c].largest) - top);
   }
-  return {top, static_cast<int32_t>(best * kSampleChunk + stats[best].index),
-          static_cast<float>(std::log(total))};
+  const int64_t first = best * kSampleChunk;
+  const int64_t last = std::min(first + kSampleChunk, a.vocab_size);
+  int64_t index = first;
+  while (index < last && !(load(a.logits, a.dtype, b * a.stride + index) == top)) ++index;
+  // Where all are NaN none is the largest.
+  if (index == last) index = first;
+  return {top, static_cast<int32_t>(index), static_cast<float>(std::log(total))};
 }
 
 // The heaviest `top_k` of the `count` indices in `kept` (0: all of them), and of those the heaviest
@@ -106,7 +114,7 @@ void SampleCall::run(Team& team) const {
   const Range rows = team.share(batch);
   float* w = weights + team.index() * vocab_size;
   for (int64_t b = rows.first; b < rows.last; ++b) {
-    const RowStats row = combine(stats + b * chunks, chunks);
+    const RowStats row = combine(*this, b);
     int32_t token = row.index;
     if (forced[b] >= 0) {
       token = forced[b];

@@ -9,12 +9,10 @@ namespace fssa::cpu {
 
 constexpr int64_t kSampleChunk = 4096;  // logits that one thread reduces at a time
 
-// Of one chunk of logits: the largest, where it stands first, and sum exp(l - largest).
+// Of one chunk of logits: the largest, and sum exp(l - largest).
 struct ChunkStats {
   float largest;
-  int32_t index;
   float total;
-  float unused;
 };
 
 struct SampleCall final : Call {

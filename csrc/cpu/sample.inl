@@ -3,29 +3,24 @@ namespace FSSA_ISA {
 
 template <typename T>
 FSSA_INLINE ChunkStats stats_of(const T* logits, int64_t count) {
+  const int64_t whole = count / 16 * 16, left = count - whole;
   Vec highest = broadcast(-__builtin_inff());
-  int64_t i = 0;
-  for (; i + 16 <= count; i += 16) highest = max(load(logits + i), highest);
-  float top = largest(highest);
-  for (int64_t j = i; j < count; ++j) {
-    const float value = to_float(logits[j]);
-    top = value > top ? value : top;
+  if (left > 0) {
+    const Vec last = keep_lanes(load_first(logits + whole, left), 0, left, -__builtin_inff());
+    highest = max(last, highest);
   }
-  int32_t index = 0;
-  for (int64_t j = 0; j < count; ++j) {
-    if (to_float(logits[j]) == top) {
-      index = static_cast<int32_t>(j);
-      break;
-    }
-  }
-  Vec total = broadcast(0.0f);
+  for (int64_t i = 0; i < whole; i += 16) highest = max(load(logits + i), highest);
+  const float top = largest(highest);
   const Vec shift = broadcast(top);
-  for (i = 0; i < count; i += 16) {
-    const int64_t left = count - i;
-    const Vec term = exp(sub(load_up_to(logits + i, left), shift));
+  Vec total = broadcast(0.0f);
+  for (int64_t i = 0; i < whole; i += 16) {
+    total = add(total, exp(sub(load(logits + i), shift)));
+  }
+  if (left > 0) {
+    const Vec term = exp(sub(load_first(logits + whole, left), shift));
     total = add(total, keep_lanes(term, 0, left, 0.0f));
   }
-  return {top, index, sum(total), 0.0f};
+  return {top, sum(total)};
 }
 
 ChunkStats chunk_stats(const void* logits, DType dtype, int64_t first, int64_t count) {

@@ -42,7 +42,7 @@ def sample_native(
     tokens = empty(logits, (batch,), torch.int32)
     logprobs = empty(logits, (batch,), torch.float32)
     chunks = -(-vocab_size // NATIVE.SAMPLE_CHUNK)
-    stats = empty(logits, (batch, chunks, 4), torch.float32)
+    stats = empty(logits, (batch, chunks, 2), torch.float32)
     weights = empty(logits, (torch.get_num_threads(), vocab_size), torch.float32)
     kept = empty(logits, (torch.get_num_threads(), vocab_size), torch.int32)
     call = NATIVE.sample(
