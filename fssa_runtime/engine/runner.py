@@ -103,14 +103,8 @@ class Runner:
         edited = [index for index, row in enumerate(rows) if row.edits is not None]
         if edited:
             self._choose_anew(computed, rows, edited)
-        chosen = [
-            Chosen(token, logprob)
-            for token, logprob in zip(
-                computed.tokens[:num_sequences].tolist(),
-                computed.logprobs[:num_sequences].tolist(),
-                strict=True,
-            )
-        ]
+        tokens, logprobs = computed.tokens[:num_sequences], computed.logprobs[:num_sequences]
+        chosen = list(map(Chosen, tokens.tolist(), logprobs.tolist()))
         end = 0
         for index, row in enumerate(rows):
             start, end = end, end + len(row.tokens)

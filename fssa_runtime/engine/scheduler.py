@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import heapq
 import math
+from bisect import insort
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from ..errors import InputError
 from .fair_queue import FairQueue
@@ -20,8 +22,7 @@ from .page_pool import PagePool, extend_keys
 from .stream import Stream
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """A stream's part of a step: ``count`` of its pending tokens.
 
     ``writes``: the step ends with the stream's newest token, so a next one is chosen.
@@ -54,6 +55,11 @@ class Plan:
         return sum(piece.count for piece in self.pieces)
 
 
+def _place(stream: Stream) -> tuple[int, int]:
+    """Where a running stream stands among the others."""
+    return -stream.priority, stream.order
+
+
 class Scheduler:
     """Streams waiting and running, over one pool of pages.
 
@@ -62,6 +68,9 @@ class Scheduler:
         max_streams: streams of one step at most. max_tokens: tokens of one step at most.
         max_length: tokens of one stream at most, its answer included.
         reuse: look for computed pages of equal content when a stream is admitted.
+
+    Attributes:
+        running: streams with pages, the important and the old first.
     """
 
     def __init__(
@@ -152,8 +161,7 @@ class Scheduler:
         plan = Plan()
         self._expire(plan, now)
         budget = self.max_tokens
-        # The important and the old first, so that the others make room for them.
-        self.running.sort(key=lambda stream: (-stream.priority, stream.order))
+        # Those that come first make the others give up room for them.
         pieces: dict[int, Piece] = {}
         pending = [(stream, stream.num_pending) for stream in self.running]
         writing = [pair for pair in pending if pair[1] == 1]
@@ -165,20 +173,18 @@ class Scheduler:
                 budget -= count
         # A stream may have lost its pages to one that was planned after it.
         plan.pieces = [pieces[id(s)] for s in self.running if id(s) in pieces]
-        for piece in plan.pieces:
-            self._count_service(piece)
+        for stream, count, _ in plan.pieces:
+            self.waiting.serve(stream.tenant, stream.priority, count)
         if not plan.preempted:
             self._admit(plan, budget)
         return plan
 
     def computed(self, plan: Plan) -> None:
         """The plan's step has run: its keys and values are in the pages."""
-        running = {id(stream) for stream in self.running}
-        for piece in plan.pieces:
-            stream = piece.stream
-            if id(stream) not in running:  # removed while the step ran
+        for stream, count, _ in plan.pieces:
+            if not stream.pages:  # removed while the step ran
                 continue
-            stream.num_computed += piece.count
+            stream.num_computed += count
             if self.reuse and stream.num_computed // self.pool.page_size > len(stream.keys):
                 self._publish(stream)
 
@@ -203,15 +209,13 @@ class Scheduler:
             assert stream.num_computed == 0
         assert references == self.pool._references, "a page is held by nobody, or not held"
         assert len(self.running) <= self.max_streams
+        assert self.running == sorted(self.running, key=_place), "out of order"
 
     def _expire(self, plan: Plan, now: float) -> None:
         while self._deadlines and self._deadlines[0][0] <= now:
             stream = heapq.heappop(self._deadlines)[2]
             if self.remove(stream):
                 plan.expired.append(stream)
-
-    def _count_service(self, piece: Piece) -> None:
-        self.waiting.serve(piece.stream.tenant, piece.stream.priority, piece.count)
 
     def _admit(self, plan: Plan, budget: int) -> None:
         """Let streams in while there is room. After this no page is taken from a stream in the
@@ -237,13 +241,12 @@ class Scheduler:
             self.pool.stats.looked_up += num_looked_up
             self.pool.stats.found += stream.num_computed if num_looked_up else 0
             stream.num_cached = min(stream.num_computed, len(stream.prompt))
-            self.running.append(stream)
+            insort(self.running, stream, key=_place)
             self._copy_last_page(stream, plan)
             reserved = self._reserve(stream, count, plan)
             assert reserved, "there was room for it"
-            piece = Piece(stream, count, count == stream.num_pending)
-            plan.pieces.append(piece)
-            self._count_service(piece)
+            plan.pieces.append(Piece(stream, count, count == stream.num_pending))
+            self.waiting.serve(stream.tenant, stream.priority, count)
             budget -= count
 
     def _find_computed(self, stream: Stream) -> int:
@@ -298,15 +301,11 @@ class Scheduler:
             if page is not None:
                 stream.pages.append(page)
                 continue
-            victim = self._victim()
+            victim = self.running[-1]  # the least important, of those the youngest
             self._preempt(victim, plan)
             if victim is stream:
                 return False
         return True
-
-    def _victim(self) -> Stream:
-        """The running stream that loses its pages: the least important, of those the youngest."""
-        return max(self.running, key=lambda stream: (-stream.priority, stream.order))
 
     def _preempt(self, stream: Stream, plan: Plan) -> None:
         self.running = [other for other in self.running if other is not stream]

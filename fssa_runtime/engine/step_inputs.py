@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 
@@ -31,8 +31,7 @@ _PER_SEQUENCE = {
 DRAWS = ("temperature", "top_k", "top_p", "min_p", "uniform", "forced")
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One request's part of a step: its newest tokens, whose keys go into its pages.
 
     ``position`` is that of the first of ``tokens``. ``uniform`` in [0, 1) decides a draw;
@@ -129,6 +128,8 @@ class StepInputs:
             kv_lens.append(span.stop)
             bounds.append(len(tokens))
         view, count = self._views, len(rows)
+        # First, so that it knows of whatever an exception leaves half written.
+        self._idle(len(tokens), count)
         for name, values in (
             ("tokens", tokens),
             ("positions", positions),
@@ -146,7 +147,6 @@ class StepInputs:
             self._settled = []  # an exception may leave the buffers half written
             self._settle(rows)
             self._settled = [(row.sampling, list(row.pages)) for row in rows]
-        self._idle(len(tokens), count)
         if self._copied is not None:
             device_memory, host_memory = self._copied
             device_memory.copy_(host_memory, non_blocking=True)
@@ -154,6 +154,8 @@ class StepInputs:
 
     def _idle(self, num_tokens: int, num_sequences: int) -> None:
         """Make rows of the step before harmless: a graph may compute some past those asked for."""
+        if self._filled == (num_tokens, num_sequences):
+            return
         view = self._views
         for name in _PER_TOKEN:
             view[name][num_tokens : self._filled[0]] = -1 if name == "kv_slots" else 0

@@ -147,6 +147,10 @@ def test_a_step_that_could_not_be_written_counts_for_nothing() -> None:
         inputs.fill([Row([1], 0, [0], 0, hot), Row([1], 0, [0, 1, 2, 3], 0, hot)])
     inputs.fill([Row([1], 0, [0], 0, cold)])
     assert inputs.per_sequence["temperature"][0] == 0
+    # What it had written past the row that is filled now must be harmless again.
+    assert inputs.per_token["kv_slots"].tolist() == [0, -1, -1, -1]
+    assert inputs.per_sequence["kv_lens"].tolist() == [1, 0]
+    assert inputs.q_indptr.tolist() == [0, 1, 1]
 
 
 def test_callbacks_report_every_token_and_every_end(model: LanguageModel) -> None:
