@@ -71,9 +71,9 @@ class Answer:
                     uniform = min(self._draws.random(), _MAX_UNIFORM)
         scored: list[int] = []
         if self._scores_prompt:
-            scored = list(stream.prompt[start + 1 : start + piece.count + 1])
+            scored = list(stream.prompt[start + 1 : start + piece.num_tokens + 1])
         return Row(
-            stream.tokens(start, start + piece.count),
+            stream.tokens(start, start + piece.num_tokens),
             start,
             stream.pages,
             self.slot,

@@ -23,13 +23,13 @@ from .stream import Stream
 
 
 class Piece(NamedTuple):
-    """A stream's part of a step: ``count`` of its pending tokens.
+    """A stream's part of a step: ``num_tokens`` of its pending ones.
 
     ``writes``: the step ends with the stream's newest token, so a next one is chosen.
     """
 
     stream: Stream
-    count: int
+    num_tokens: int
     writes: bool
 
 
@@ -52,7 +52,7 @@ class Plan:
 
     @property
     def num_tokens(self) -> int:
-        return sum(piece.count for piece in self.pieces)
+        return sum(piece.num_tokens for piece in self.pieces)
 
 
 def _place(stream: Stream) -> tuple[int, int]:

@@ -138,7 +138,7 @@ class Simulator:
         writing = prompt_tokens = keys = pairs = refills = 0
         result = self.result
         for piece in plan.pieces:
-            stream, count = piece.stream, piece.count
+            stream, count = piece.stream, piece.num_tokens
             assert isinstance(stream, SimulatedStream)
             if not stream.resident:
                 refills += self._admit(stream)

@@ -83,7 +83,7 @@ class SimulatedCache:
         scheduler.check()
         self._check_plan(plan, before)
         rows = [
-            (piece.stream, piece.stream.num_computed, piece.count, list(piece.stream.pages))
+            (piece.stream, piece.stream.num_computed, piece.num_tokens, list(piece.stream.pages))
             for piece in plan.pieces
         ]
         if leaving is not None:
@@ -162,8 +162,8 @@ class SimulatedCache:
         assert len(set(planned)) == len(planned) <= scheduler.max_streams
         assert set(planned) <= set(scheduler.running)
         for piece in plan.pieces:
-            assert 1 <= piece.count <= piece.stream.num_pending
-            assert piece.writes == (piece.count == piece.stream.num_pending)
+            assert 1 <= piece.num_tokens <= piece.stream.num_pending
+            assert piece.writes == (piece.num_tokens == piece.stream.num_pending)
         for stream in set(before) & set(scheduler.running):
             assert stream in planned or stream.num_pending > 1, "one who writes was left out"
         for stream in plan.preempted:

@@ -84,7 +84,7 @@ def test_who_writes_goes_before_prompts_and_pieces_add_up() -> None:
     plans = sim.run_until(lambda: long.written)
     for plan in plans:
         assert [piece.stream for piece in plan.pieces if piece.writes][:2] == writers
-    counts = [piece.count for plan in plans for piece in plan.pieces if piece.stream is long]
+    counts = [piece.num_tokens for plan in plans for piece in plan.pieces if piece.stream is long]
     assert counts == [2, 2, 2, 2, 2, 1]
     assert [len(stream.written) for stream in writers] == [7, 7]
 
@@ -93,12 +93,12 @@ def test_budget_left_by_one_prompt_goes_to_the_next() -> None:
     sim = SimulatedCache(40, 2, max_tokens=10, reuse=False)
     first, second = sim.add([1] * 7), sim.add([2] * 9)
     plan = sim.step()
-    assert [(p.stream, p.count, p.writes) for p in plan.pieces] == [
+    assert [(p.stream, p.num_tokens, p.writes) for p in plan.pieces] == [
         (first, 7, True),
         (second, 3, False),
     ]
     plan = sim.step()
-    assert [(p.stream, p.count, p.writes) for p in plan.pieces] == [(second, 6, True)]
+    assert [(p.stream, p.num_tokens, p.writes) for p in plan.pieces] == [(second, 6, True)]
 
 
 @pytest.mark.parametrize("reuse", [False, True])
@@ -133,7 +133,7 @@ def test_who_is_preempted_keeps_what_it_wrote_and_computes_all_again() -> None:
     written = list(young.written)
     assert written
     plans = sim.run_until(lambda: len(young.written) > len(written))
-    counts = [piece.count for plan in plans for piece in plan.pieces if piece.stream is young]
+    counts = [piece.num_tokens for plan in plans for piece in plan.pieces if piece.stream is young]
     assert sum(counts) == 2 + len(written)
     sim.run()
     assert young.written[: len(written)] == written
@@ -269,7 +269,7 @@ def test_pages_are_found_again_under_the_same_weights_only() -> None:
         stream = sim.add(prompt[:length], 1, user)
         plan = sim.step()
         assert stream.num_cached == expected
-        assert [piece.count for piece in plan.pieces] == [length - expected]
+        assert [piece.num_tokens for piece in plan.pieces] == [length - expected]
     assert sim.scheduler.pool.stats.looked_up == 8 * 3 + 6
     assert sim.scheduler.pool.stats.found == 8 + 6
 

@@ -27,7 +27,7 @@ def test_answers_to_one_prompt(length: int, reuse: bool) -> None:
     children = [sim.add(prompt, 9, parent=parent) for _ in range(3)]
     plan = sim.step(choose=different)
     num_full, rest = divmod(length - 1, 4)
-    assert [(p.stream, p.count) for p in plan.pieces] == [(s, 1) for s in (parent, *children)]
+    assert [(p.stream, p.num_tokens) for p in plan.pieces] == [(s, 1) for s in (parent, *children)]
     assert all(child.num_cached == length - 1 for child in children)
     assert all(child.pages[:num_full] == parent.pages[:num_full] for child in children)
     own = [set(stream.pages[num_full:]) for stream in (parent, *children)]
