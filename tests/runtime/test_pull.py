@@ -13,6 +13,7 @@ import gguf
 import numpy as np
 import pytest
 
+from fssa_runtime.conditioning.shipped import shipped_conditioning
 from fssa_runtime.errors import InputError
 from fssa_runtime.models import pull as module
 from fssa_runtime.models.language_model import LanguageModel
@@ -180,3 +181,20 @@ def test_an_interrupted_conversion_is_done_again_without_a_download(
 def test_unknown_name() -> None:
     with pytest.raises(InputError, match="smollm2-135m-instruct"):
         pull("gpt-17")
+
+
+def test_what_ships_for_a_model_is_found_by_its_name_and_by_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FSSA_CACHE", str(tmp_path / "cache"))
+    folder = module.pulled_folder(module.DEFAULT_MODEL)
+    folder.mkdir(parents=True)
+    shipped = shipped_conditioning(module.DEFAULT_MODEL)
+    assert shipped is not None
+    assert shipped.is_dir()
+    monkeypatch.chdir(folder.parent)
+    (tmp_path / "link").symlink_to(folder)
+    for opened in (folder, f"{folder}/", f"./{folder.name}", tmp_path / "link"):
+        assert shipped_conditioning(str(opened)) == shipped
+    for other in (tmp_path, folder / "missing", "owner/name", "~nobody-of-that-name/x"):
+        assert shipped_conditioning(str(other)) is None
