@@ -330,7 +330,7 @@ FSSA_INLINE Ahead to_bring(const AttentionCall& a, const AttentionPiece& piece,
 }
 
 // A piece takes a block in: scores of all its KV heads, then their softmax, then their values, since
-// within one head each would wait for the one before. As many bytes are brought meanwhile as it
+// within one head each needs the one before. As many bytes are brought meanwhile as it
 // reads, a quarter of them while keys are turned round, as much during the scores and half during
 // the mixing: a core that asks for more at once waits.
 template <typename T>
