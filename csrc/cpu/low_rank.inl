@@ -194,8 +194,12 @@ FSSA_INLINE void expand_packed(const ModulatedLinearCall& a, int64_t t, int64_t 
   if constexpr (kHalves == 1) {
     accumulate<kStepBytes / 2>(v, b, a.rank, acc, ahead);
   } else {
-    const int64_t apart = (halves[1].valid ? halves[1].split - halves[0].split : 0) * a.rank;
-    accumulate(v, b, a.rank, acc, ahead, kPanelColumns, apart);
+    const int64_t apart = halves[1].valid ? halves[1].split - halves[0].split : 0;
+    if (apart == 0) {  // Both halves multiply the same numbers: read once.
+      accumulate(v, b, a.rank, acc, ahead);
+    } else {
+      accumulate(v, b, a.rank, acc, ahead, kPanelColumns, apart * a.rank);
+    }
   }
 }
 

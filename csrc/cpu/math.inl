@@ -4,10 +4,10 @@ namespace FSSA_ISA {
 FSSA_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 FSSA_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// Asks for the line at `p`, which need not be valid, in the second-level cache.
+// Asks for the line at `p`, which need not be valid.
 FSSA_INLINE void prefetch(const void* p) {
 #if defined(__GNUC__)
-  __builtin_prefetch(p, 0, 2);
+  __builtin_prefetch(p, 0, 3);
 #else
   (void)p;
 #endif

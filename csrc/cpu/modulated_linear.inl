@@ -152,7 +152,7 @@ FSSA_INLINE void product(const ModulatedLinearCall& a, const Input<X>& input, in
   const bool offered = tiles.tiles > 1 && team.size() > 1 && tiles.size() <= Share::kMaxPieces;
   if (offered) team.offer(mine);
   const Runs rows(num_tokens, tiles.tiles);
-  PanelReads reads(a, team);
+  PanelReads reads(a, team, num_tokens);
   bool left = true;
   for (int64_t chunk = 0; chunk < tiles.chunks && left; ++chunk) {
     const Range of_chunk = tiles.of_chunk(chunk);
@@ -164,7 +164,7 @@ FSSA_INLINE void product(const ModulatedLinearCall& a, const Input<X>& input, in
     reads.begin(panel, (end - 1 - start) / height, end == mine.last);
     for (int64_t i = begin; i < end && left; ++panel, tile = of_chunk.first) {
       fetch_expand(a, panel);
-      Ahead ahead = reads.of(panel, height > 1);
+      Ahead ahead = reads.of(panel);
       for (; tile < of_chunk.last && i < end; ++tile, ++i) {
         left = !offered || team.take() >= 0;
         if (!left) break;

@@ -16,10 +16,8 @@ struct Ahead {
 };
 
 constexpr int64_t kStepBytes = kPanelColumns * 4;
-// How far beyond the next panel may be brought.
-constexpr int64_t kLeadBytes = 64 * 1024;
 
-template <int kRows, int kBytes>
+template <int kBytes>
 FSSA_INLINE void fetch(Ahead& ahead) {
   if (ahead.at >= ahead.end) {
     if (ahead.queue == ahead.queue_end) return;
@@ -27,25 +25,24 @@ FSSA_INLINE void fetch(Ahead& ahead) {
     ahead.end = ahead.at + ahead.queue->bytes;
     ++ahead.queue;
   }
-  constexpr int kEvery = kRows < kBothLinesRows ? 128 : 64;
   FSSA_UNROLL
-  for (int i = 0; i < kBytes; i += kEvery) prefetch(ahead.at + i);
+  for (int i = 0; i < kBytes; i += 64) prefetch(ahead.at + i);
   ahead.at += kBytes;
 }
 
 // The same for a step of any tile: half of it where half is enough.
-template <int kRows, int kBytes>
+template <int kBytes>
 FSSA_INLINE void fetch_some(Ahead& ahead) {
   if (ahead.halved) {
-    fetch<kRows, kBytes / 2>(ahead);
+    fetch<kBytes / 2>(ahead);
   } else {
-    fetch<kRows, kBytes>(ahead);
+    fetch<kBytes>(ahead);
   }
 }
 
 // Asks for all that is left.
 FSSA_INLINE void fetch_rest(Ahead& ahead) {
-  while (ahead.at < ahead.end || ahead.queue != ahead.queue_end) fetch<kBothLinesRows, 64>(ahead);
+  while (ahead.at < ahead.end || ahead.queue != ahead.queue_end) fetch<64>(ahead);
 }
 
 // The queue, which began at `queue`, after a loop: what is left of the piece at hand goes back.
@@ -161,12 +158,12 @@ template <int kBytes, bool kHalved, int kRows, int kHalves, typename Rows, typen
 FSSA_INLINE void add_eights(Rows& x, const uint32_t*& w, int64_t eights,
                             Vec (&acc)[kRows][kHalves], Ahead& ahead, int64_t step, Apart apart) {
   for (const uint32_t* const end = w + 4 * eights * step; w != end; w += 4 * step) {
-    fetch<kRows, 2 * kBytes>(ahead);
+    fetch<2 * kBytes>(ahead);
     add_column<0>(x, w, acc, apart);
     add_column<1>(x, w, acc, apart);
     add_column<2>(x, w + step, acc, apart);
     add_column<3>(x, w + step, acc, apart);
-    if constexpr (!kHalved) fetch<kRows, 2 * kBytes>(ahead);
+    if constexpr (!kHalved) fetch<2 * kBytes>(ahead);
     add_column<4>(x, w + 2 * step, acc, apart);
     add_column<5>(x, w + 2 * step, acc, apart);
     add_column<6>(x, w + 3 * step, acc, apart);
@@ -199,7 +196,7 @@ FSSA_INLINE void accumulate(Rows x, const BFloat16* panel, int64_t k, Vec (&acc)
       Pairs columns[kHalves];
       FSSA_UNROLL
       for (int h = 0; h < kHalves; ++h) columns[h] = load_pairs(w + kHalfColumns * h);
-      fetch_some<kRows, kAheadBytes>(ahead);
+      fetch_some<kAheadBytes>(ahead);
       FSSA_UNROLL
       for (int r = 0; r < kRows; ++r) {
         FSSA_UNROLL
@@ -232,7 +229,7 @@ FSSA_INLINE void accumulate(Rows x, const float* panel, int64_t k, Vec (&acc)[kR
     Vec columns[kHalves];
     FSSA_UNROLL
     for (int h = 0; h < kHalves; ++h) columns[h] = load(w + kHalfColumns * h);
-    fetch_some<kRows, kAheadBytes>(ahead);
+    fetch_some<kAheadBytes>(ahead);
     FSSA_UNROLL
     for (int r = 0; r < kRows; ++r) {
       FSSA_UNROLL

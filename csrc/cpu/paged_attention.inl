@@ -56,7 +56,7 @@ FSSA_INLINE void turn_round(float* to, const T* keys, const int64_t* at, int64_t
   const int64_t whole = dim * static_cast<int64_t>(sizeof(T)) / 4;
   int64_t w = 0;
   for (; w + 16 <= whole; w += 16) {
-    fetch<kBothLinesRows, 512>(ahead);
+    fetch<512>(ahead);
     const void* rows[16];
     for (int j = 0; j < 16; ++j) rows[j] = reinterpret_cast<const uint32_t*>(keys + at[j]) + w;
     transpose_words(rows, words + w * kKeyBlock, kKeyBlock);
@@ -86,7 +86,7 @@ FSSA_INLINE void mix(const T* values, const int64_t* at, int64_t num, const floa
     for (int c = 0; c < kVecs; ++c) acc[r][c] = load(out + r * padded + d + 16 * c);
   }
   for (int64_t j = 0; j < num; ++j) {
-    fetch<kBothLinesRows, 16 * kVecs * static_cast<int>(sizeof(T))>(ahead);
+    fetch<16 * kVecs * static_cast<int>(sizeof(T))>(ahead);
     FSSA_UNROLL
     for (int c = 0; c < kVecs; ++c) {
       const Vec value = load(values + at[j] + d + 16 * c);

@@ -1,43 +1,70 @@
 // What a product asks for ahead, while a thread computes its panels one after the other.
 namespace FSSA_ISA {
 
-// With a panel comes the next one and, since the low-rank term has steps too, something of the one
-// after it, then what the queue has; with the last one what the next call reads first.
+// How far ahead of what it reads a thread asks where it reads every panel once: enough for what the
+// memory brings while a line is under way, and little enough to stay in the first-level cache.
+constexpr int64_t kLeadBytes = 10 * 1024;
+// How far beyond the next panel tiles that share one may ask.
+constexpr int64_t kBeyondNextBytes = 64 * 1024;
+
+// Where all rows are one tile that takes both halves of a panel at once, a thread's panels are one
+// stretch of memory that is read once, and kLeadBytes ahead of it run the requests, in the end for
+// what the next call reads first. Where a panel is read again and again, by several tiles or half by
+// half, all of that together asks for the next one and, since the low-rank term has steps too,
+// something of the one after it, then for what the queue has.
 class PanelReads {
  public:
-  FSSA_INLINE_MEMBER PanelReads(const ModulatedLinearCall& call, Team& team)
-      : call_(call), team_(team), queue_(team.meanwhile()) {}
+  FSSA_INLINE_MEMBER PanelReads(const ModulatedLinearCall& call, Team& team, int64_t num_tokens)
+      : call_(call),
+        team_(team),
+        once_(2 * num_tokens <= kMaxSums),
+        several_(num_tokens > kMaxRows),
+        queue_(team.meanwhile()) {}
 
-  // Before a run of panels from `first` to `last`, the thread's last ones or not. Of the panel
-  // that the thread begins with comes before all else what the calls before have left, unless that
-  // is most of it: then it would be asked for when it is read, and so would all that follows.
+  // Before a run of panels from `first` to `last`, the thread's last ones or not.
   FSSA_INLINE_MEMBER void begin(int64_t first, int64_t last, bool ends) {
-    FirstReads& due = team_.due();
-    const char* const left = due.begin() != due.end() ? due.end()[-1].data : nullptr;
-    const char* const next = call_.panel(first + 1);
-    asked_ = next - call_.panel_bytes() / 2 <= left && left < next ? left : next;
     last_ = last;
     ends_ = ends;
+    FirstReads& due = team_.due();
+    const char* const start = call_.panel(first);
+    const char* const next = call_.panel(first + 1);
+    const char* const left = due.begin() != due.end() ? due.end()[-1].data
+                             : due.known()            ? next
+                                                      : start;
+    if (once_) {
+      asked_ = start <= left && left <= next ? left : start;
+      const char* const due_now = earlier(start + kLeadBytes, call_.panel(last + 1));
+      for (; asked_ < due_now; asked_ += 64) prefetch(asked_);
+    } else {
+      // Of the panel that the thread begins with comes before all else what the calls before have
+      // left, unless that is most of it: then it would be asked for when it is read, and so would
+      // all that follows.
+      asked_ = next - call_.panel_bytes() / 2 <= left && left < next ? left : next;
+    }
   }
 
-  // For the tiles of a panel, several or one.
-  FSSA_INLINE_MEMBER Ahead of(int64_t panel, bool several) {
+  // For the tiles of a panel.
+  FSSA_INLINE_MEMBER Ahead of(int64_t panel) {
     const char* const stop = call_.panel(last_ + 1);
-    const bool halved = several && asked_ >= call_.panel(panel + 1);
-    if (panel == last_ && ends_) {
+    const bool halved = several_ && asked_ >= call_.panel(panel + 1);
+    if (reaches_next_call(panel)) {
       FirstReads& upcoming = team_.upcoming();
       return {asked_, stop, upcoming.begin(), upcoming.end(), halved};
     }
     const char* const from = panel == last_ ? call_.panel(0) : asked_;
-    const char* const bound = call_.panel(panel + 2) + kLeadBytes;
-    asked_ = panel == last_ ? call_.panel(1) : bound < stop ? bound : stop;
+    asked_ = panel == last_ ? call_.panel(1)
+                            : earlier(call_.panel(panel + 2) + kBeyondNextBytes, stop);
     return {from, asked_, queue_, team_.meanwhile_end(), halved};
   }
 
   // After them: what was not asked for is left.
   FSSA_INLINE_MEMBER void leave(int64_t panel, const Ahead& ahead) {
-    if (panel == last_ && ends_) {
+    if (reaches_next_call(panel)) {
       FirstReads& upcoming = team_.upcoming();
+      const bool within = ahead.queue == upcoming.begin();
+      // No further ahead for the steps of the low-rank term, which ask too.
+      asked_ = within ? earlier(ahead.at, call_.panel(panel + 1) + kLeadBytes)
+                      : call_.panel(last_ + 1);
       upcoming.left_from(unread(ahead, upcoming.begin()));
     } else {
       if (ahead.queue == queue_ && ahead.at < asked_) asked_ = ahead.at;
@@ -57,8 +84,18 @@ class PanelReads {
   }
 
  private:
+  static FSSA_INLINE_MEMBER const char* earlier(const char* a, const char* b) {
+    return a < b ? a : b;
+  }
+
+  // Whether the requests of a panel's tiles may go beyond this call.
+  FSSA_INLINE_MEMBER bool reaches_next_call(int64_t panel) const {
+    return once_ || (panel == last_ && ends_);
+  }
+
   const ModulatedLinearCall& call_;
   Team& team_;
+  const bool once_, several_;
   Span* queue_;
   const char* asked_ = nullptr;
   int64_t last_ = 0;

@@ -8,9 +8,6 @@ constexpr bool kRoomForPanel = false;
 // From so many rows on products of bf16 read x in fp32: fewer wait for the weights, not for the
 // instructions that widen x.
 constexpr int64_t kWidenedRows = 4;
-// From so many rows on both lines of a step are asked for ahead. Measured without AVX-512: 1 to 3
-// rows 25 to 45 % faster than where one is, and the machine left to bring its neighbour.
-constexpr int kBothLinesRows = 1;
 
 struct Vec {
   __m256 a, b;

@@ -13,10 +13,6 @@ constexpr int64_t kWidenedRows = INT64_MAX;
 #else
 constexpr int64_t kWidenedRows = 4;
 #endif
-// From so many rows on both lines of a step are asked for ahead. A step of fewer is too short for two
-// requests; the machine's own prefetcher, which takes lines in pairs, brings the second. Measured: 1
-// to 3 rows 10 to 25 % faster, 4 and more slower.
-constexpr int kBothLinesRows = 4;
 
 struct Vec {
   __m512 v;

@@ -8,8 +8,6 @@ constexpr int kMaxRows = 4, kMaxSums = 4;
 constexpr bool kRoomForPanel = true;
 // From so many rows on products of bf16 read x in fp32.
 constexpr int64_t kWidenedRows = 4;
-// From so many rows on both lines of a step are asked for ahead.
-constexpr int kBothLinesRows = 4;
 
 typedef float Quad __attribute__((vector_size(16)));
 typedef int32_t QuadInt __attribute__((vector_size(16)));
