@@ -302,37 +302,34 @@ FSSA_INLINE void find_block(const AttentionCall& a, const AttentionPiece& piece,
   for (int64_t j = block.num; j % 16; ++j) block.at[j] = block.at[block.num - 1];
 }
 
-// What of a block's keys, then of its values, is read for a piece, as few spans of memory as that
-// makes: at most 2 * kKeyBlock.
+// What of a block's keys, or values, in `cache` is read for a piece, in as few spans of memory as that
+// makes: at most kKeyBlock, from `end` on. Returns where they end.
 template <typename T>
-FSSA_INLINE Ahead to_bring(const AttentionCall& a, const AttentionPiece& piece,
-                           const KeyBlock& block, Span* spans) {
+FSSA_INLINE Span* spans_of(const AttentionCall& a, const void* cache, const AttentionPiece& piece,
+                           const KeyBlock& block, Span* end) {
   const int64_t groups = a.num_heads / a.num_kv_heads;
   const int64_t kv_head = piece.first_head / groups;
   const int64_t last = (piece.first_head + piece.heads - 1) / groups;
   const int64_t read = (last - kv_head + 1) * a.head_dim;
   const int64_t bytes = read * static_cast<int64_t>(sizeof(T));
   const bool whole = read == a.num_kv_heads * a.head_dim;
-  Span* end = spans;
-  for (const void* cache : {a.k_cache, a.v_cache}) {
-    const T* const rows = static_cast<const T*>(cache) + kv_head * a.head_dim;
-    int64_t j = block.oldest;
-    for (int64_t run = 0; run < block.num_runs; ++run) {
-      const int64_t stop = block.run_end[run];
-      if (whole) {
-        *end++ = {reinterpret_cast<const char*>(rows + block.at[j]), (stop - j) * bytes};
-        j = stop;
-      }
-      for (; j < stop; ++j) *end++ = {reinterpret_cast<const char*>(rows + block.at[j]), bytes};
+  const T* const rows = static_cast<const T*>(cache) + kv_head * a.head_dim;
+  int64_t j = block.oldest;
+  for (int64_t run = 0; run < block.num_runs; ++run) {
+    const int64_t stop = block.run_end[run];
+    if (whole) {
+      *end++ = {reinterpret_cast<const char*>(rows + block.at[j]), (stop - j) * bytes};
+      j = stop;
     }
+    for (; j < stop; ++j) *end++ = {reinterpret_cast<const char*>(rows + block.at[j]), bytes};
   }
-  return {nullptr, nullptr, spans, end, false};
+  return end;
 }
 
 // A piece takes a block in: scores of all its KV heads, then their softmax, then their values, since
-// within one head each needs the one before. As many bytes are brought meanwhile as it
-// reads, a quarter of them while keys are turned round, as much during the scores and half during
-// the mixing: a core that asks for more at once waits.
+// within one head each needs the one before. Meanwhile as many bytes are brought as it reads: its
+// values while keys are turned round and scored, the next block's keys during the mixing. Both
+// blocks whole would not fit the first-level cache, and a core that asks for more at once waits.
 template <typename T>
 FSSA_INLINE void attend_block(const AttentionCall& a, const AttentionPiece& piece,
                               const AttentionScratch& s, const KeyBlock& block, Ahead& ahead) {
@@ -451,15 +448,16 @@ FSSA_INLINE void attend(const AttentionCall& a, const AttentionPiece& piece,
       clear(s.sums, num_rows, padded);
       split = split_stop(first);
     }
-    // The next block comes from memory while this one is computed.
+    // This block's values, then the next one's keys come from memory while this one is computed.
     const bool ends = first + kKeyBlock >= piece.stop_key;
     const AttentionPiece* reader = ends ? next : &piece;
     Span spans[2 * kKeyBlock];
-    Ahead ahead{};
+    Span* stop = spans_of<T>(a, a.v_cache, piece, *block, spans);
     if (reader != nullptr) {
       find_block(a, *reader, ends ? first_block(*reader) : first + kKeyBlock, *coming);
-      ahead = to_bring<T>(a, *reader, *coming, spans);
+      stop = spans_of<T>(a, a.k_cache, *reader, *coming, stop);
     }
+    Ahead ahead{nullptr, nullptr, spans, stop, false};
     attend_block<T>(a, piece, s, *block, ahead);
     fetch_rest(ahead);
     if (reader != nullptr) {
@@ -499,8 +497,8 @@ void attention(const AttentionCall& a, Team& team) {
     KeyBlock memory[2];
     KeyBlock *block = memory, *coming = memory + 1;
     find_block(a, at_hand, first_block(at_hand), *block);
-    Span spans[2 * kKeyBlock];
-    Ahead ahead = to_bring<T>(a, at_hand, *block, spans);
+    Span spans[kKeyBlock];
+    Ahead ahead{nullptr, nullptr, spans, spans_of<T>(a, a.k_cache, at_hand, *block, spans), false};
     fetch_rest(ahead);
     while (walk.next(next)) {
       attend<T>(a, at_hand, &next, s, block, coming);
