@@ -183,7 +183,22 @@ FSSA_INLINE void low_rank(const ModulatedLinearCall& a, const Input<X>& input, i
   }
 }
 
-// acc += v B^T for kRows rows and kHalves halves of a panel, from half `first` on.
+// acc += v B^T for the first kHalves halves at `b`; the second one's v begins `apart` numbers after
+// the first one's.
+template <int kRows, int kHalves, typename V, typename B>
+FSSA_INLINE void expand_halves(const SpacedRows<kRows, V>& v, const B* b, int64_t rank,
+                               int64_t apart, Vec (&acc)[kRows][kHalves], Ahead& ahead) {
+  if constexpr (kHalves == 1) {
+    accumulate<kStepBytes / 2>(v, b, rank, acc, ahead);
+  } else if (apart == 0) {  // Both halves multiply the same numbers: read once.
+    accumulate(v, b, rank, acc, ahead);
+  } else {
+    accumulate(v, b, rank, acc, ahead, kPanelColumns, apart);
+  }
+}
+
+// acc += v B^T for kRows rows and kHalves halves of a panel, from half `first` on. Requests are left
+// to the product where it makes all there is time for: these few steps would wait for them.
 template <int kRows, int kHalves, typename V, typename B>
 FSSA_INLINE void expand_packed(const ModulatedLinearCall& a, int64_t t, int64_t panel, int first,
                                Vec (&acc)[kRows][kHalves], Ahead& ahead) {
@@ -191,15 +206,15 @@ FSSA_INLINE void expand_packed(const ModulatedLinearCall& a, int64_t t, int64_t 
   const SpacedRows<kRows, V> v(
       reinterpret_cast<const V*>(a.low_rank) + t * a.width() + halves[0].split * a.rank, a.width());
   const B* b = half_at<B>(a.lora_b.data, panel * panel_bytes(a.lora_b.dtype, a.rank), first);
-  if constexpr (kHalves == 1) {
-    accumulate<kStepBytes / 2>(v, b, a.rank, acc, ahead);
+  int64_t apart = 0;
+  if constexpr (kHalves == 2) {
+    if (halves[1].valid) apart = (halves[1].split - halves[0].split) * a.rank;
+  }
+  if (ahead.halved) {
+    expand_halves(v, b, a.rank, apart, acc, ahead);
   } else {
-    const int64_t apart = halves[1].valid ? halves[1].split - halves[0].split : 0;
-    if (apart == 0) {  // Both halves multiply the same numbers: read once.
-      accumulate(v, b, a.rank, acc, ahead);
-    } else {
-      accumulate(v, b, a.rank, acc, ahead, kPanelColumns, apart * a.rank);
-    }
+    Ahead nothing{};
+    expand_halves(v, b, a.rank, apart, acc, nothing);
   }
 }
 

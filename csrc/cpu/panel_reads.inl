@@ -10,8 +10,8 @@ constexpr int64_t kBeyondNextBytes = 64 * 1024;
 // Where all rows are one tile that takes both halves of a panel at once, a thread's panels are one
 // stretch of memory that is read once, and kLeadBytes ahead of it run the requests, in the end for
 // what the next call reads first. Where a panel is read again and again, by several tiles or half by
-// half, all of that together asks for the next one and, since the low-rank term has steps too,
-// something of the one after it, then for what the queue has.
+// half, all of that together asks for the next one and, where the low-rank term has steps that ask
+// too, something of the one after it, then for what the queue has.
 class PanelReads {
  public:
   FSSA_INLINE_MEMBER PanelReads(const ModulatedLinearCall& call, Team& team, int64_t num_tokens)
@@ -61,10 +61,7 @@ class PanelReads {
   FSSA_INLINE_MEMBER void leave(int64_t panel, const Ahead& ahead) {
     if (reaches_next_call(panel)) {
       FirstReads& upcoming = team_.upcoming();
-      const bool within = ahead.queue == upcoming.begin();
-      // No further ahead for the steps of the low-rank term, which ask too.
-      asked_ = within ? earlier(ahead.at, call_.panel(panel + 1) + kLeadBytes)
-                      : call_.panel(last_ + 1);
+      asked_ = ahead.queue == upcoming.begin() ? ahead.at : call_.panel(last_ + 1);
       upcoming.left_from(unread(ahead, upcoming.begin()));
     } else {
       if (ahead.queue == queue_ && ahead.at < asked_) asked_ = ahead.at;
