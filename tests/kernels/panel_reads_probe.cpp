@@ -1,0 +1,131 @@
+// Walks through the weights of two products, one after the other in every step, as a thread of
+// csrc/cpu does, and notes what is asked for ahead and when it is read. On standard input: rows,
+// columns of x, panels of either product, threads, thread. Prints, of the second step: lines read,
+// those not asked for before, requests, and how many bytes were read between a line's request and
+// itself, at least and at most.
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <unordered_map>
+#include <vector>
+
+#include "isa_prologue.h"
+#include "kernels.h"
+
+namespace {
+
+std::unordered_map<uintptr_t, long> asked;  // lines, and how many reads there were before
+long reads = 0, requests = 0, unasked = 0, nearest = 0, furthest = 0;
+
+void ask(const void* p) {
+  ++requests;
+  asked.emplace(reinterpret_cast<uintptr_t>(p) / 64, reads);
+}
+
+void read(const char* p) {
+  const auto found = asked.find(reinterpret_cast<uintptr_t>(p) / 64);
+  if (found == asked.end()) {
+    ++unasked;
+  } else {
+    const long ahead = 64 * (reads - found->second);
+    if (ahead > furthest) furthest = ahead;
+    if (ahead < nearest) nearest = ahead;
+    asked.erase(found);
+  }
+  ++reads;
+}
+
+}  // namespace
+
+#define __builtin_prefetch(p, ...) ask(p)
+#define FSSA_ISA probed
+namespace fssa::cpu {
+#include "vec_portable.h"
+#include "math.inl"
+#include "multiply.inl"
+#include "low_rank.inl"
+#include "panel_reads.inl"
+
+const Kernels& kernels() { std::abort(); }
+void ModulatedLinearCall::check() const {}
+std::vector<int64_t> ModulatedLinearCall::check_key() const { return {}; }
+void ModulatedLinearCall::run(Team&) const {}
+FirstReads ModulatedLinearCall::first_reads(const Team& team) const {
+  FirstReads reads;
+  reads.add(first_panel(team));
+  return reads;
+}
+
+namespace probed {
+
+// What a thread reads of one product, and asks for, tile by tile. Up to three rows in steps of one
+// column pair, more of them in steps of four, as `accumulate` takes them.
+void walk(const ModulatedLinearCall& call, Team& team) {
+  const int64_t rows = call.count.get(), tiles = num_tiles(rows);
+  const bool both_halves = 2 * ((rows + tiles - 1) / tiles) <= kMaxSums;
+  const Range mine = team.share(call.num_panels());
+  PanelReads reads(call, team, rows);
+  reads.begin(mine.first, mine.last - 1, true);
+  for (int64_t panel = mine.first; panel < mine.last; ++panel) {
+    Ahead ahead = reads.of(panel);
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      for (int first = 0; first < 2; first += both_halves ? 2 : 1) {
+        for (int64_t pair = 0; pair < call.in_features / 2; ++pair) {
+          const char* const at = call.panel(panel) + pair * kStepBytes;
+          if (tile == 0) {
+            read(at + 64 * first);
+            if (both_halves) read(at + 64);
+          }
+          if (both_halves && rows < kWidenedRows) {
+            fetch_some<kStepBytes>(ahead);
+          } else if (rows < kWidenedRows) {
+            fetch_some<kStepBytes / 2>(ahead);
+          } else if (pair % 4 == 3) {
+            const int times = (both_halves ? 2 : 1) * (ahead.halved ? 1 : 2);
+            for (int i = 0; i < times; ++i) fetch<kStepBytes>(ahead);
+          }
+        }
+      }
+      // The low-rank term, of rank 16.
+      for (int64_t pair = 0; pair < 8 && ahead.halved; ++pair) fetch_some<kStepBytes>(ahead);
+    }
+    reads.leave(panel, ahead);
+  }
+  reads.end(reads.of_queue());
+}
+
+}  // namespace probed
+}  // namespace fssa::cpu
+
+int main() {
+  using namespace fssa::cpu;
+  long rows, columns, panels[2], threads, thread;
+  if (std::scanf("%ld %ld %ld %ld %ld %ld", &rows, &columns, panels, panels + 1, &threads,
+                 &thread) != 6) {
+    return 1;
+  }
+  ModulatedLinearCall calls[2];
+  for (int i = 0; i < 2; ++i) {
+    calls[i].dtype = fssa::DType::kBFloat16;
+    calls[i].in_features = columns;
+    calls[i].num_halves = 2 * panels[i];
+    calls[i].count.fixed = rows;
+    // Nothing is read but addresses.
+    calls[i].weight = reinterpret_cast<const void*>(uintptr_t(i + 1) << 40);
+  }
+  Team team(static_cast<int>(thread), static_cast<int>(threads), nullptr, nullptr);
+  long before = 0;
+  for (int step = 0; step < 2; ++step) {
+    before = reads;
+    requests = unasked = furthest = 0;
+    nearest = INT64_MAX;
+    for (int i = 0; i < 2; ++i) {
+      const FirstReads first = calls[i].first_reads(team);
+      team.due() = team.upcoming().known() ? team.upcoming() : first;
+      team.upcoming() = calls[1 - i].first_reads(team);
+      probed::walk(calls[i], team);
+    }
+  }
+  std::printf("%ld %ld %ld %ld %ld\n", reads - before, unasked, requests, nearest, furthest);
+  return 0;
+}
