@@ -53,6 +53,8 @@ PEERS = {
     "peft": ("peft",),
 }
 PROMPT = "Tell me about the weather in the mountains, and what to wear there."
+# How often each of our sides is measured before the peers of a round, and after them.
+_TIMES_EACH = 3
 
 
 def first_round(
@@ -160,11 +162,17 @@ def _append(samples: dict[str, list[float]], values: dict[str, float]) -> None:
 
 
 def _round(sides: Mapping[str, Callable[[], float]]) -> dict[str, float]:
-    """Every side once; ours, which are quick, again in reverse, so that drift spares nobody."""
-    rates = {name: [side()] for name, side in sides.items()}
-    for name in reversed(OURS):
-        rates[name].append(sides[name]())
-    return {name: statistics.fmean(values) for name, values in rates.items()}
+    """Every side once. Ours, which are quick, are measured before the others and, in reverse, after
+    them, several times each: drift spares nobody, and a moment's disturbance does not count."""
+    ours: dict[str, list[float]] = {name: [] for name in OURS}
+    for _ in range(_TIMES_EACH):
+        for name in OURS:
+            ours[name].append(sides[name]())
+    rates = {name: side() for name, side in sides.items() if name not in ours}
+    for _ in range(_TIMES_EACH):
+        for name in reversed(OURS):
+            ours[name].append(sides[name]())
+    return {**{name: statistics.median(values) for name, values in ours.items()}, **rates}
 
 
 def _report(console: Console, where: str, rates: dict[str, float]) -> None:
