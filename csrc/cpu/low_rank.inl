@@ -197,8 +197,8 @@ FSSA_INLINE void expand_halves(const SpacedRows<kRows, V>& v, const B* b, int64_
   }
 }
 
-// acc += v B^T for kRows rows and kHalves halves of a panel, from half `first` on. Requests are left
-// to the product where it makes all there is time for: these few steps would wait for them.
+// acc += v B^T for kRows rows and kHalves halves of a panel, from half `first` on. Where the product
+// asks for as much as it reads, these few steps ask for nothing: measured, a step is faster so.
 template <int kRows, int kHalves, typename V, typename B>
 FSSA_INLINE void expand_packed(const ModulatedLinearCall& a, int64_t t, int64_t panel, int first,
                                Vec (&acc)[kRows][kHalves], Ahead& ahead) {
