@@ -6,6 +6,7 @@
 #include <atomic>
 #include <chrono>
 
+#include "cpu/advance_step.h"
 #include "cpu/graph.h"
 #include "cpu/kernels.h"
 #include "cpu/modulated_linear.h"
@@ -229,6 +230,42 @@ std::shared_ptr<Call> sample(const Rows& rows, Address tokens, Address logprobs,
   return call;
 }
 
+// (address, row stride, columns)
+using PerRowTuple = std::tuple<Address, int64_t, int64_t>;
+
+template <typename T>
+PerRow<T> per_row(const PerRowTuple& value) {
+  const auto& [address, stride, width] = value;
+  return {out<T>(address), stride, width};
+}
+
+std::shared_ptr<Call> advance_step(const Rows& rows, Address chosen, Address logprobs,
+                                   Address tokens, Address positions, Address kv_slots,
+                                   Address kv_lens, const PerRowTuple& block_tables,
+                                   Address uniform, const PerRowTuple& draws,
+                                   const PerRowTuple& stop_tokens, Address num_done,
+                                   const PerRowTuple& log_tokens, const PerRowTuple& log_logprobs,
+                                   Address ended, int64_t page_size) {
+  auto call = std::make_shared<AdvanceCall>();
+  call->count = rows.count;
+  call->chosen = in<int32_t>(chosen);
+  call->logprobs = in<float>(logprobs);
+  call->tokens = out<int32_t>(tokens);
+  call->positions = out<int32_t>(positions);
+  call->kv_slots = out<int32_t>(kv_slots);
+  call->kv_lens = out<int32_t>(kv_lens);
+  call->block_tables = per_row<const int32_t>(block_tables);
+  call->uniform = out<float>(uniform);
+  call->draws = per_row<const float>(draws);
+  call->stop_tokens = per_row<const int32_t>(stop_tokens);
+  call->num_done = out<int32_t>(num_done);
+  call->log_tokens = per_row<int32_t>(log_tokens);
+  call->log_logprobs = per_row<float>(log_logprobs);
+  call->ended = out<int32_t>(ended);
+  call->page_size = page_size;
+  return call;
+}
+
 // Whether a signal has come whose handler raised; the exception is set then.
 bool signal_raised() {
   py::gil_scoped_acquire held;
@@ -330,6 +367,24 @@ PYBIND11_MODULE(_native, m) {
           },
           py::arg("dims"), py::arg("num_threads"), py::arg("is_main"))
       .def(
+          "end_step",
+          [](Graph& graph, Address ended, int64_t dim, Address interrupt) {
+            graph.end_step(in<int32_t>(ended), dim, in<int32_t>(interrupt));
+          },
+          py::arg("ended"), py::arg("dim"), py::arg("interrupt"))
+      .def(
+          "repeat",
+          [](Graph& graph, const std::vector<int64_t>& dims, int num_threads, int64_t times,
+             double seconds, bool is_main) {
+            int64_t done = 0;
+            run_until_signal(is_main, [&](const Graph::Poll& poll) {
+              done = graph.repeat(dims, num_threads, times, seconds, poll);
+            });
+            return done;
+          },
+          py::arg("dims"), py::arg("num_threads"), py::arg("times"), py::arg("seconds"),
+          py::arg("is_main"))
+      .def(
           "profile",
           [](Graph& graph, const std::vector<int64_t>& dims, int num_threads, int repeats,
              bool is_main) {
@@ -348,4 +403,5 @@ PYBIND11_MODULE(_native, m) {
   m.def("rope_kv_write", &rope_kv_write);
   m.def("paged_attention", &paged_attention);
   m.def("sample", &sample);
+  m.def("advance_step", &advance_step);
 }

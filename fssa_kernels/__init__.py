@@ -6,8 +6,9 @@ package touches no GPU.
 """
 
 from fssa_kernels.dispatch import explain
-from fssa_kernels.graph import StepGraph
+from fssa_kernels.graph import Following, StepGraph
 from fssa_kernels.huge_pages import zeros_on_huge_pages
+from fssa_kernels.ops.advance_step.api import advance_step
 from fssa_kernels.ops.expand_modulation.api import expand_modulation
 from fssa_kernels.ops.modulated_linear.api import modulated_linear
 from fssa_kernels.ops.modulated_linear.extended import extend_weight
@@ -19,9 +20,11 @@ from fssa_kernels.ops.take_rows.api import take_rows
 from fssa_kernels.packed import PackArena, PackedMatrix, pack_matrix
 
 __all__ = [
+    "Following",
     "PackArena",
     "PackedMatrix",
     "StepGraph",
+    "advance_step",
     "expand_modulation",
     "explain",
     "extend_weight",

@@ -9,7 +9,9 @@ another recording.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -19,6 +21,23 @@ from fssa_kernels.native import RecordingError
 Group = Sequence[Tensor] | Mapping[str, Tensor]
 Inputs = Mapping[str, Group]
 Step = Callable[[Any], Any]  # takes such inputs
+
+
+@dataclass(frozen=True)
+class Following:
+    """How a recorded step leads to the next one, so that a graph can repeat it by itself.
+
+    Attributes:
+        advance: called once, while recording, with what the step returned; its ops run after every
+            repetition and write the static inputs of the next (`advance_step`, say).
+        ended: [rows] int32, a static input: repetition ends where one of the rows in use is not 0.
+        interrupt: [1] int32: repetition ends where it is not 0. Any thread may write it, at any
+            time; it is left as it is.
+    """
+
+    advance: Callable[[Any], None]
+    ended: Tensor
+    interrupt: Tensor
 
 
 class StepGraph:
@@ -31,15 +50,21 @@ class StepGraph:
         outputs: what the step returned; holds the last replay's results, which the next one
             overwrites. They have as many rows as the recording: the first ones count.
         capacity: rows at most, by dimension.
+        can_repeat: whether `repeat` may run the step more than once.
     """
+
+    can_repeat = False
 
     def __init__(self, capacity: Mapping[str, int], outputs: Any) -> None:
         self.capacity = dict(capacity)
         self.outputs = outputs
 
     @staticmethod
-    def record(step: Step, inputs: Inputs) -> StepGraph:
+    def record(step: Step, inputs: Inputs, following: Following | None = None) -> StepGraph:
         """Record what ``step(inputs)`` computes from static inputs.
+
+        ``following``: how the next step's inputs follow, which `repeat` needs; on a GPU nothing is
+        made of it, since a graph there cannot tell by itself that it is over.
 
         ``inputs`` names the dimensions ("tokens", say); the tensors of one, a sequence or a mapping
         of names, have as many rows, which is the dimension's capacity. Whatever is computed from
@@ -55,8 +80,9 @@ class StepGraph:
         harmless** (slot 0, a KV slot of -1, lengths of 0). What cannot be captured (a host
         synchronisation, say) raises RecordingError.
 
-        Raises ValueError for a dimension without tensors, and for tensors of one dimension that
-        differ in rows or device.
+        Raises ValueError for a dimension without tensors, for tensors of one dimension that differ
+        in rows or device, and for an ``ended`` that is no input or an ``interrupt`` that is not one
+        int32 number.
         """
         capacity, device = _check_inputs(inputs)
         if device.type == "cuda":
@@ -67,7 +93,7 @@ class StepGraph:
             raise RecordingError(f"StepGraph: expected inputs on the CPU or a GPU, got {device}")
         from fssa_kernels.graph_native import NativeStepGraph
 
-        return NativeStepGraph(step, inputs, capacity)
+        return NativeStepGraph(step, inputs, capacity, following)
 
     def replay(self, **rows: int) -> None:
         """Run the step on the first ``rows`` of each dimension: ``replay(tokens=5, sequences=5)``.
@@ -83,6 +109,22 @@ class StepGraph:
         self._check(rows)
         self._replay(rows)
 
+    def repeat(self, rows: Mapping[str, int], times: int, seconds: float = math.inf) -> int:
+        """Run the step up to ``times`` times, each from what the one before has left; how often.
+
+        ``rows`` are those of `replay`, in every repetition. It ends early by `Following`, and
+        where the next one would end later than ``seconds`` after the first began, if it takes as
+        long as the one before.
+
+        Raises ValueError for ``times`` below 1, and above 1 unless `can_repeat`; otherwise as
+        `replay`. Indices are checked again before every repetition: what those before wrote stays.
+        """
+        if times < 1 or (times > 1 and not self.can_repeat):
+            expected = "at least 1" if self.can_repeat else "1: nothing says what follows the step"
+            raise ValueError(f"StepGraph: times: expected {expected}, got {times}")
+        self._check(rows)
+        return self._repeat(rows, times, seconds)
+
     def _check(self, rows: Mapping[str, int]) -> None:
         if rows.keys() != self.capacity.keys():
             expected = ", ".join(self.capacity)
@@ -95,6 +137,10 @@ class StepGraph:
 
     def _replay(self, rows: Mapping[str, int]) -> None:
         raise NotImplementedError
+
+    def _repeat(self, rows: Mapping[str, int], times: int, seconds: float) -> int:
+        self._replay(rows)
+        return 1
 
 
 def tensors_of(group: Group) -> list[Tensor]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fssa_kernels.graph import Inputs, Step, StepGraph, tensors_of
+from fssa_kernels.graph import Following, Inputs, Step, StepGraph, tensors_of
 from fssa_kernels.native import CURRENT, MISSING, NATIVE, RecordingError
 
 _ALIGNMENT = 64
@@ -28,10 +28,16 @@ class NativeStepGraph(StepGraph):
     """A recorded step on the CPU; made by `StepGraph.record`.
 
     Attributes:
-        names: the op behind every recorded call.
+        names: the op behind every recorded call of the step.
     """
 
-    def __init__(self, step: Step, inputs: Inputs, capacity: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        step: Step,
+        inputs: Inputs,
+        capacity: Mapping[str, int],
+        following: Following | None = None,
+    ) -> None:
         if NATIVE is None:
             raise RecordingError(f"StepGraph: {MISSING}")
         if CURRENT.recorder is not None:
@@ -41,17 +47,22 @@ class NativeStepGraph(StepGraph):
         try:
             with torch.inference_mode(), _OnlyOurs():
                 outputs = step(inputs)
+                names = list(recorder.names)
+                if following is not None:
+                    recorder.end_step(following)
+                    following.advance(outputs)
         finally:
             CURRENT.recorder = None
         super().__init__(capacity, outputs)
-        self.names = list(recorder.names)
+        self.names = names
+        self.can_repeat = following is not None
         self._native = recorder.graph
         self._keep = recorder
         # Some calls have scratch memory for each thread.
         self._max_threads = torch.get_num_threads()
 
     def __len__(self) -> int:
-        """Ops recorded."""
+        """Ops of the step."""
         return len(self._native)
 
     def profile(self, repeats: int, **rows: int) -> list[float]:
@@ -62,6 +73,13 @@ class NativeStepGraph(StepGraph):
 
     def _replay(self, rows: Mapping[str, int]) -> None:
         self._native.replay(self._dims(rows), self._num_threads(), _is_main())
+
+    def _repeat(self, rows: Mapping[str, int], times: int, seconds: float) -> int:
+        if not self.can_repeat:
+            return super()._repeat(rows, times, seconds)
+        return self._native.repeat(
+            self._dims(rows), self._num_threads(), times, seconds, _is_main()
+        )
 
     def _num_threads(self) -> int:
         return min(torch.get_num_threads(), self._max_threads)
@@ -124,6 +142,21 @@ class _NativeRecorder:
         for tensor in tensors:
             if tensor is not None and not self._pool.owns(tensor):
                 self._kept[_start(tensor)] = tensor
+
+    def end_step(self, following: Following) -> None:
+        """What is added from here on follows the step when it is repeated."""
+        ended, interrupt = following.ended, following.interrupt
+        dim = self._dims.get(_start(ended))
+        one_a_row = ended.dtype == torch.int32 and ended.dim() == 1 and ended.is_contiguous()
+        if dim is None or self._pool.owns(ended) or not one_a_row:
+            raise ValueError("StepGraph: ended: expected a static input, one int32 number a row")
+        if interrupt.dtype != torch.int32 or interrupt.numel() != 1:
+            raise ValueError(
+                f"StepGraph: interrupt: expected one int32 number, got {interrupt.dtype} "
+                f"of shape {tuple(interrupt.shape)}"
+            )
+        self._kept[_start(interrupt)] = interrupt
+        self.graph.end_step(ended.data_ptr(), dim, interrupt.data_ptr())
 
     def _dim(self, tensor: Tensor) -> int:
         dim = self._dims.get(_start(tensor))

@@ -24,7 +24,24 @@ OPS = (
     "expand_modulation",
     "take_rows",
     "sample",
+    "advance_step",
 )
+
+# Arguments that an op writes in place.
+WRITTEN = {
+    "rope_kv_write": ("k_cache", "v_cache"),
+    "advance_step": (
+        "tokens",
+        "positions",
+        "kv_slots",
+        "kv_lens",
+        "uniform",
+        "num_done",
+        "log_tokens",
+        "log_logprobs",
+        "ended",
+    ),
+}
 
 # Inputs are scaled so that outputs are of order one. In low precision the reference rounds up to
 # three times (base product, sum, epilogue).

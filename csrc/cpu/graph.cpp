@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <exception>
 #include <typeinfo>
 
 namespace fssa::cpu {
@@ -66,6 +67,15 @@ void Graph::bring_ahead(size_t index, Team& team, std::vector<Span>& scattered) 
   team.set_meanwhile(scattered.data(), scattered.data() + scattered.size());
 }
 
+void Graph::end_step(const int32_t* ended, int64_t dim, const int32_t* interrupt) {
+  end_ = End{size(), ended, this->dim(dim), interrupt};
+}
+
+bool Graph::End::reached() const {
+  if (__atomic_load_n(interrupt, __ATOMIC_RELAXED) != 0) return true;
+  return std::any_of(ended, ended + *num_rows, [](int32_t row) { return row != 0; });
+}
+
 void Graph::prepare(const std::vector<int64_t>& dims, int num_threads) {
   if (dims.size() != dims_.size()) {
     throw std::invalid_argument("replay: expected " + std::to_string(dims_.size()) +
@@ -73,19 +83,22 @@ void Graph::prepare(const std::vector<int64_t>& dims, int num_threads) {
   }
   // In place: the calls hold the addresses.
   for (size_t i = 0; i < dims.size(); ++i) dims_[i] = dims[i];
-  for (const Call* call : checked_) call->check();
+  check();
   scattered_.resize(std::max(num_threads, 1));
   for (std::vector<Span>& spans : scattered_) spans.reserve(kMaxScattered);
 }
 
-void Graph::run(const std::vector<int64_t>& dims, int num_threads, int repeats, const Poll& poll,
-                double* seconds) {
+void Graph::check() const {
+  for (const Call* call : checked_) call->check();
+}
+
+void Graph::run(const std::vector<int64_t>& dims, int num_threads, int64_t num_calls,
+                int64_t rounds, const Poll& poll, const GoOn& go_on, double* seconds) {
   const Hold hold(busy_);
   prepare(dims, num_threads);
-  const int64_t num_calls = size();
   // Brought forward to the step at hand before the barrier that ends it, so that every thread
   // leaves there: whoever has passed that barrier sees it, and whoever has not is no further.
-  std::atomic<int64_t> last_step{num_calls * repeats - 1};
+  std::atomic<int64_t> last_step{num_calls * rounds - 1};
   run_team(num_threads, [&](Team& team) {
     const bool first = team.index() == 0;
     auto start = Clock::now(), polled = start;
@@ -93,12 +106,16 @@ void Graph::run(const std::vector<int64_t>& dims, int num_threads, int repeats, 
     std::vector<Span> scattered;
     scattered.swap(scattered_[team.index()]);
     for (int64_t step = 0; step <= last_step.load(std::memory_order_relaxed); ++step) {
-      const size_t index = step % num_calls;
+      const int64_t index = step % num_calls;
       bring_ahead(index, team, scattered);
       calls_[index]->run(team);
       if (first && poll && Clock::now() - polled >= kPollInterval) {
         if (poll()) last_step.store(step, std::memory_order_relaxed);
         polled = Clock::now();
+      }
+      if (go_on && index + 1 == num_calls) {
+        team.barrier();
+        if (first && !go_on()) last_step.store(step, std::memory_order_relaxed);
       }
       team.barrier();
       if (first && seconds != nullptr) {
@@ -112,13 +129,38 @@ void Graph::run(const std::vector<int64_t>& dims, int num_threads, int repeats, 
 }
 
 void Graph::replay(const std::vector<int64_t>& dims, int num_threads, const Poll& poll) {
-  run(dims, num_threads, 1, poll, nullptr);
+  run(dims, num_threads, size(), 1, poll, nullptr, nullptr);
+}
+
+int64_t Graph::repeat(const std::vector<int64_t>& dims, int num_threads, int64_t times,
+                      double seconds, const Poll& poll) {
+  if (!end_) throw std::runtime_error("repeat: expected a step recorded with what follows it");
+  int64_t done = 0;
+  std::exception_ptr error;
+  auto start = Clock::now(), round = start;
+  const auto go_on = [&] {
+    ++done;
+    const auto now = Clock::now();
+    const double end_of_next = std::chrono::duration<double>(now - start + (now - round)).count();
+    round = now;
+    if (done == times || end_->reached() || end_of_next > seconds) return false;
+    try {
+      check();
+    } catch (...) {  // a thread of a team must not throw
+      error = std::current_exception();
+      return false;
+    }
+    return true;
+  };
+  run(dims, num_threads, static_cast<int64_t>(calls_.size()), times, poll, go_on, nullptr);
+  if (error) std::rethrow_exception(error);
+  return done;
 }
 
 std::vector<double> Graph::profile(const std::vector<int64_t>& dims, int num_threads, int repeats,
                                    const Poll& poll) {
-  std::vector<double> seconds(calls_.size(), 0.0);
-  run(dims, num_threads, repeats, poll, seconds.data());
+  std::vector<double> seconds(size(), 0.0);
+  run(dims, num_threads, size(), repeats, poll, nullptr, seconds.data());
   return seconds;
 }
 

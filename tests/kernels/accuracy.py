@@ -6,7 +6,7 @@ import torch
 from hypothesis import strategies as st
 
 import fssa_kernels
-from fssa_kernels.testing import cases, within_wider
+from fssa_kernels.testing import WRITTEN, cases, within_wider
 from tests.kernels import kernel_oracles as oracles
 
 # Errors below this are rounding luck: units in the last place of the largest value, or of one.
@@ -26,16 +26,16 @@ def by_name(op, name, dtype=torch.float32):
 
 
 def run(op, inputs, backend="native"):
-    """All that a call makes: what it returns, and the caches it writes, on copies of them."""
-    if op == "rope_kv_write":
-        inputs = dict(inputs)
-        for name in ("k_cache", "v_cache"):
-            cache = inputs[name]
-            inputs[name] = torch.empty_strided(cache.shape, cache.stride(), dtype=cache.dtype)
-            inputs[name].copy_(cache)
+    """All that a call makes: what it returns, and what it writes, on copies of that."""
+    written = WRITTEN.get(op, ())
+    inputs = dict(inputs)
+    for name in written:
+        old = inputs[name]
+        inputs[name] = torch.empty_strided(old.shape, old.stride(), dtype=old.dtype).copy_(old)
     out = getattr(fssa_kernels, op)(**inputs, backend=backend)
-    out = out if isinstance(out, tuple) else (out,)
-    return (*out, inputs["k_cache"], inputs["v_cache"]) if op == "rope_kv_write" else out
+    if not isinstance(out, tuple):
+        out = () if out is None else (out,)
+    return (*out, *(inputs[name] for name in written))
 
 
 def exact(op, inputs):

@@ -131,7 +131,7 @@ def test_explain_checks_like_the_op():
     inputs = cases("paged_attention")[0].inputs(torch.float32)
     with pytest.raises(ValueError, match=r"modulated_linear: x: expected shape \[T, K\]"):
         explain(modulated_linear, torch.zeros(3), torch.zeros(3, 3))
-    with pytest.raises(ValueError, match="op: expected one of expand_modulation"):
+    with pytest.raises(ValueError, match="op: expected one of advance_step"):
         explain("matmul")
     with pytest.raises(
         ValueError, match=r"backend: expected one of auto, native, triton, .*reference, got 'gpu'"

@@ -16,6 +16,7 @@ def test_names_are_unique_and_an_empty_and_a_one_row_case_exist(op):
         "rope_kv_write": "q",
         "take_rows": "index",
         "sample": "logits",
+        "advance_step": "chosen",
     }.get(op, "x")
     rows = [len(case.inputs(torch.float32)[first]) for case in cases(op)]
     assert 0 in rows
