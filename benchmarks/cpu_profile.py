@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,24 +82,32 @@ def profile(ours: Ours, row: str, batch: int, keys: int, repeats: int) -> dict[s
 
 
 def between_steps(ours: Ours, row: str, batch: int) -> float:
-    """Milliseconds a decoded step takes besides its native call: what was chosen is handed out, the
-    next step planned and written into the buffers."""
+    """Milliseconds a decoded step takes besides the native call it is in: what was chosen is handed
+    out, the next steps are planned and written into the buffers."""
     graph = ours.engines[row].runner._graph
     assert graph is not None
-    replay, inside = graph.replay, 0.0
+    replay, repeat, inside = graph.replay, graph.repeat, 0.0
 
-    def timed(**rows: int) -> None:
+    def timed_replay(**rows: int) -> None:
         nonlocal inside
         start = time.perf_counter()
         replay(**rows)
         if rows["tokens"] == batch:  # not the prompts
             inside += time.perf_counter() - start
 
-    graph.replay = timed  # type: ignore[method-assign]
+    def timed_repeat(rows: Mapping[str, int], times: int, seconds: float = math.inf) -> int:
+        nonlocal inside
+        start = time.perf_counter()
+        done = repeat(rows, times, seconds)
+        inside += time.perf_counter() - start
+        return done
+
+    graph.replay = timed_replay  # type: ignore[method-assign]
+    graph.repeat = timed_repeat  # type: ignore[method-assign]
     try:
         seconds = batch * DECODED / ours.decode(row, batch, prompt=PROMPT, new=DECODED)
     finally:
-        del graph.replay  # the class's own again
+        del graph.replay, graph.repeat  # the class's own again
     return 1e3 * (seconds - inside) / DECODED
 
 

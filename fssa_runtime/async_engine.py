@@ -249,7 +249,7 @@ class AsyncEngine:
             if len(self._jobs) >= self.max_jobs:
                 raise OverloadedError(f"{self.max_jobs} changes of users wait already")
             self._jobs.append(job)
-            self._wake.notify()
+            self._knock()
         try:
             return await asyncio.wrap_future(job.future)
         except asyncio.CancelledError:
@@ -318,7 +318,7 @@ class AsyncEngine:
         with self._wake:
             # While it closes, too: nobody should wait for an answer that nobody wants.
             self._messages.append(lambda: self._end(ticket))
-            self._wake.notify()
+            self._knock()
 
     def release(self, ticket: Ticket) -> None:
         """From any thread: a request is over, its id may be used again."""
@@ -333,7 +333,13 @@ class AsyncEngine:
         with self._wake:
             self._require_open()
             self._messages.append(message)
-            self._wake.notify()
+            self._knock()
+
+    def _knock(self) -> None:
+        """With the lock held: the thread has something to look at before it goes on."""
+        if self.llm.served_by is self:
+            self.llm.engine.interrupt.set()
+        self._wake.notify()
 
     def _require_open(self) -> None:
         if self._closing:
@@ -349,6 +355,7 @@ class AsyncEngine:
                 with self._wake:
                     while not (self._messages or self._jobs or len(engine) or self._closing):
                         self._wake.wait()
+                    engine.interrupt.clear()  # whoever comes from now on sets it again
                     messages, self._messages = self._messages, []
                     if self._closing and not (messages or self._jobs or len(engine)):
                         return
@@ -366,7 +373,9 @@ class AsyncEngine:
 
     def _step(self) -> None:
         try:
-            events = self.llm.engine.step()
+            engine = self.llm.engine
+            # A change of users goes on between two steps.
+            events = engine.step(1 if self._jobs else engine.max_steps)
         except Exception as error:
             failure = EngineError(f"a step failed: {type(error).__name__}: {error}")
             failure.__cause__ = error
@@ -419,9 +428,10 @@ class AsyncEngine:
             self._closing = True
             if not drain:
                 self._messages.append(lambda: self._stop(EngineError("the engine was closed")))
-            self._wake.notify()
+            self._knock()
         self._thread.join()
         with self._wake:
             if self.llm.served_by is self:
+                self.llm.engine.interrupt.clear()
                 self.llm.engine.in_use.release()
                 self.llm.served_by = None

@@ -9,7 +9,7 @@ from ..request import PromptToken, Request
 from .edits import Edits
 from .grammar import Grammar
 from .scheduler import Piece
-from .step_inputs import Row
+from .step_inputs import MAX_STOP_TOKENS, Row
 from .stream import Stream
 from .text import TextStream
 
@@ -54,13 +54,32 @@ class Answer:
         # Answers of one request differ, whatever its seed.
         key = seed if self.index == 0 or seed is None else f"{seed} {self.index}"
         self._draws = random.Random(key)
+        self._drawn: list[float] = []
 
-    def row(self, piece: Piece) -> Row:
-        """Its part of the next step; its slot is known."""
+    @property
+    def follows_itself(self) -> bool:
+        """Whether a next token follows from one that was chosen without a look at it."""
+        sampling = self.asked.sampling
+        return (
+            self.asked.forced_tokens is None
+            and self.edits is None
+            and not sampling.stop
+            and not sampling.top_logprobs
+            and len(self.stop_tokens) <= MAX_STOP_TOKENS
+        )
+
+    def write(self, token: int) -> None:
+        """A token was chosen."""
+        self.stream.written.append(token)
+        del self._drawn[:1]
+
+    def row(self, piece: Piece, steps: int = 1) -> Row:
+        """Its part of the next step, and of those that follow it; its slot is known."""
         assert self.slot is not None
         stream, sampling = self.stream, self.asked.sampling
         start = stream.num_computed
-        forced, uniform, edits, num_top = -1, 0.0, None, 0
+        forced, edits, num_top = -1, None, 0
+        uniforms: list[float] = []
         if piece.writes:
             num_top = sampling.top_logprobs
             if self.asked.forced_tokens is not None:
@@ -68,7 +87,7 @@ class Answer:
             else:
                 edits = self.edits
                 if sampling.temperature > 0:
-                    uniform = min(self._draws.random(), _MAX_UNIFORM)
+                    uniforms = self._next_draws(steps)
         scored: list[int] = []
         if self._scores_prompt:
             scored = list(stream.prompt[start + 1 : start + piece.num_tokens + 1])
@@ -78,13 +97,20 @@ class Answer:
             stream.pages,
             self.slot,
             sampling,
-            uniform,
+            uniforms,
+            self.stop_tokens if steps > 1 else (),
             forced,
             edits,
             num_top,
             scored,
             sampling.prompt_logprobs or 0,
         )
+
+    def _next_draws(self, count: int) -> list[float]:
+        """What decides the draws of the next tokens, however often it is asked for."""
+        while len(self._drawn) < count:
+            self._drawn.append(min(self._draws.random(), _MAX_UNIFORM))
+        return self._drawn[:count]
 
     def take_scores(self, piece: Piece, scores: list[PromptToken]) -> None:
         """Scores of the prompt's tokens that follow those of a piece."""

@@ -4,6 +4,9 @@
 runner computes it in one step and chooses tokens, and what was chosen goes to its requests. A
 prompt in pieces, single tokens and several answers to one prompt share a step. A step is over when
 `step` returns: between two of them requests may be added and aborted at will.
+
+Where all that runs only writes, several steps may follow one another in the runner before what was
+chosen is published, since Python between two of them takes time in which nothing is computed.
 """
 
 from __future__ import annotations
@@ -28,10 +31,14 @@ from .grammar import Grammar, Grammars
 from .kv_cache import KVCache
 from .page_pool import PagePool
 from .runner import Chosen, Runner
-from .scheduler import Piece, Plan, Scheduler
+from .scheduler import Plan, Scheduler
 from .slots import SlotCache, require_slots
 from .stream import Stream
 from .text import Detokenizer
+
+# Seconds, at most, for which steps that follow one another keep what they chose to themselves:
+# who reads along sees ten times a second how it goes on.
+MAX_SILENCE = 0.1
 
 
 class Engine:
@@ -54,6 +61,8 @@ class Engine:
         max_kv_tokens: tokens the key-value cache holds.
         page_size: tokens of a page, P.
         prefix_cache: use keys and values again where weights and tokens before are the same.
+        max_steps: steps that follow one another at most before what they chose is published; on a
+            CPU, with the native kernels. Nobody waits for it longer than `MAX_SILENCE`.
         debug: after every step, account for every page and slot and fill free pages with NaN, so
             that whoever still reads one is seen.
         clock: seconds, for deadlines.
@@ -61,6 +70,7 @@ class Engine:
     Attributes:
         in_use: held by the one who runs steps for as long as that takes: a call of `generate` or
             `generate_all`, or an `AsyncEngine`.
+        interrupt: set by who wants something between two steps; see `runner.Interrupt`.
     """
 
     def __init__(
@@ -76,6 +86,7 @@ class Engine:
         max_kv_tokens: int = 16384,
         page_size: int = 16,
         prefix_cache: bool = True,
+        max_steps: int = 16,
         debug: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -112,7 +123,10 @@ class Engine:
             modulation,
             max_tokens=max_batch_tokens,
             max_sequences=max_batch_size,
+            max_steps=max_steps,
         )
+        self.max_steps = max_steps
+        self.interrupt = self.runner.interrupt
         self._detokenizer: Detokenizer | None = None
         self._grammars: Grammars | None = None
         if tokenizer is not None:
@@ -195,8 +209,11 @@ class Engine:
                 self.slots.forget(user)
 
     @torch.inference_mode()
-    def step(self) -> list[Token]:
+    def step(self, most: int = 1) -> list[Token]:
         """Compute one step; the tokens it chose, and answers that ended without one.
+
+        With ``most`` above 1 further ones follow, where they can, until an answer ends, a deadline
+        is near, `interrupt` is set, or `MAX_SILENCE` would pass.
 
         Raises:
             Whatever the step raises. Nothing was told of it; what its requests had reserved is
@@ -209,11 +226,13 @@ class Engine:
         for stream in plan.preempted:
             self._give_back_slot(self._answers[stream])
         if plan.pieces:
-            chosen = self._run(plan)
-            self.scheduler.computed(plan)
-            for piece, result in chosen:
-                if piece.writes:
-                    tokens.append(self._publish(self._answers[piece.stream], result))
+            for number, chosen in enumerate(self._run(plan, most)):
+                if number > 0:
+                    self.scheduler.repeat(plan)
+                self.scheduler.computed(plan)
+                for piece, result in zip(plan.pieces, chosen, strict=True):
+                    if piece.writes:
+                        tokens.append(self._publish(self._answers[piece.stream], result))
         if self.debug:
             self._account()
         return tokens
@@ -281,7 +300,7 @@ class Engine:
                 except InputError as error:
                     raise InputError(f"request {index}: {error}") from error
             while num_left:
-                for event in self.step():
+                for event in self.step(self.max_steps):
                     if event.request not in numbers:  # somebody else's
                         continue
                     index = numbers[event.request]
@@ -350,8 +369,10 @@ class Engine:
             return request.sampling.max_tokens
         return max(1, self.room_after(len(request.prompt_tokens)))
 
-    def _run(self, plan: Plan) -> list[tuple[Piece, Chosen]]:
-        """Compute the plan's step; for every piece what was chosen after its last token."""
+    def _run(self, plan: Plan, most: int) -> list[list[Chosen]]:
+        """Compute the plan's step, and up to ``most`` that follow it; for each of them and every
+        piece what was chosen after its last token."""
+        steps = self._num_steps(plan, min(most, self.runner.max_steps))
         self.cache.copy(plan.copies)
         rows = []
         for piece in plan.pieces:
@@ -364,12 +385,19 @@ class Engine:
                 if user is not None and self.slots is not None:
                     with self._slots_lock:
                         answer.slot = self.slots.acquire(user)
-            rows.append(answer.row(piece))
-        results = self.runner.run(rows)
-        for piece, result in zip(plan.pieces, results, strict=True):
+            rows.append(answer.row(piece, steps))
+        seconds = min(MAX_SILENCE, self.scheduler.next_deadline - self._clock())
+        results = self.runner.run(rows, steps, seconds)
+        for piece, result in zip(plan.pieces, results[0], strict=True):
             if result.scores is not None:
                 self._answers[piece.stream].take_scores(piece, result.scores)
-        return list(zip(plan.pieces, results, strict=True))
+        return results
+
+    def _num_steps(self, plan: Plan, most: int) -> int:
+        """How many steps may follow one another from the plan's."""
+        if most > 1 and all(self._answers[p.stream].follows_itself for p in plan.pieces):
+            return self.scheduler.look_ahead(plan, most)
+        return 1
 
     def _publish(self, answer: Answer, chosen: Chosen) -> Token:
         """Add a token to an answer, and end it if that was the last."""
@@ -378,7 +406,7 @@ class Engine:
             return self._fail(answer, "the model's log-probabilities are not numbers")
         prompt = answer.prompt_scores()
         is_first = answer.index == 0 and not stream.written
-        stream.written.append(token)
+        answer.write(token)
         if is_first:
             self._fork(answer)
         if answer.edits is not None:

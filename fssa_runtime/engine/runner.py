@@ -7,12 +7,13 @@ recorded the same function runs eagerly on the filled part of the buffers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 
-from fssa_kernels import StepGraph, sample, take_rows
+from fssa_kernels import Following, StepGraph, advance_step, sample, take_rows
 from fssa_kernels.native import RecordingError
 
 from ..conditioning.modulation import Modulation
@@ -38,6 +39,21 @@ class Chosen(NamedTuple):
     scores: list[PromptToken] | None = None
 
 
+class Interrupt:
+    """As a `threading.Event` that nobody waits for: native code looks at it between two steps."""
+
+    def __init__(self) -> None:
+        self.memory = torch.zeros(1, dtype=torch.int32)
+        self._view = self.memory.numpy()
+
+    def set(self) -> None:
+        """From any thread: end what runs after the step at hand, until `clear`."""
+        self._view[0] = 1
+
+    def clear(self) -> None:
+        self._view[0] = 0
+
+
 class _Computed(NamedTuple):
     """Results of a step, by row of the static buffers: the first ones count."""
 
@@ -55,9 +71,11 @@ class Runner:
         cache: pages of keys and values.
         modulation: what the slots of requests refer to, or None.
         max_tokens: tokens of one step at most. max_sequences: requests of one step at most.
+        max_steps: steps of one run at most.
 
     Attributes:
         eager_reason: why the step is not replayed from a recording, or None if it is.
+        interrupt: ends a run after the step at hand.
     """
 
     def __init__(
@@ -68,6 +86,7 @@ class Runner:
         *,
         max_tokens: int,
         max_sequences: int,
+        max_steps: int = 1,
     ) -> None:
         self.decoder = decoder
         self.cache = cache
@@ -78,27 +97,50 @@ class Runner:
             cache.pages_for(decoder.config.max_positions),
             cache.page_size,
             decoder.device,
+            max_steps,
         )
+        self.interrupt = Interrupt()
+        self._log_tokens = torch.zeros(max_sequences, max_steps, dtype=torch.int32)
+        self._log_logprobs = torch.zeros(max_sequences, max_steps)
         self.eager_reason: str | None = None
         self._graph: StepGraph | None = None
         inputs = {"tokens": self._inputs.per_token, "sequences": self._inputs.per_sequence}
+        following = Following(
+            self._advance, self._inputs.per_sequence["ended"], self.interrupt.memory
+        )
         try:
             self._graph = StepGraph.record(
-                lambda rows: self._step(rows["tokens"], rows["sequences"]), inputs
+                lambda rows: self._step(rows["tokens"], rows["sequences"]), inputs, following
             )
         except RecordingError as error:
             self.eager_reason = str(error)
+        self._max_steps = max_steps
 
-    def run(self, rows: Sequence[Row]) -> list[Chosen]:
-        """The next token of every row.
+    @property
+    def max_steps(self) -> int:
+        """Steps of one run at most; 1 where they cannot follow one another without Python."""
+        can_repeat = self._graph is not None and self._graph.can_repeat
+        return self._max_steps if can_repeat else 1
+
+    def run(
+        self, rows: Sequence[Row], steps: int = 1, seconds: float = math.inf
+    ) -> list[list[Chosen]]:
+        """The next token of every row; of several steps that follow one another, of each.
 
         Rows that ask for no more than that cost no more: what edits logits or reports more of them
         works on its own rows, after the step.
 
+        ``steps`` above 1, up to `max_steps`, are for rows of one token each that ask for nothing
+        more. There may be fewer: none begins after a row has met one of its stop tokens or a
+        log-probability that is not a number, after `interrupt`, and none that might end later than
+        ``seconds`` after the first began.
+
         Raises:
             ValueError: on a CPU, a slot, page or position out of range, before anything is written.
         """
-        num_tokens, num_sequences = self._inputs.fill(rows)
+        num_tokens, num_sequences = self._inputs.fill(rows, steps)
+        if steps > 1:
+            return self._repeat(num_tokens, steps, seconds)
         computed = self._compute(num_tokens, num_sequences)
         edited = [index for index, row in enumerate(rows) if row.edits is not None]
         if edited:
@@ -117,7 +159,37 @@ class Runner:
             if row.scored:
                 scores = self._score(computed.hidden[start:end], row.scored, row.num_scored_top)
                 chosen[index] = chosen[index]._replace(scores=scores)
-        return chosen
+        return [chosen]
+
+    def _repeat(self, num_rows: int, steps: int, seconds: float) -> list[list[Chosen]]:
+        assert self._graph is not None
+        counts = {"tokens": num_rows, "sequences": num_rows}
+        done = self._graph.repeat(counts, steps, seconds)
+        tokens, logprobs = (
+            log[:num_rows, :done].t().tolist() for log in (self._log_tokens, self._log_logprobs)
+        )
+        return [list(map(Chosen, *step)) for step in zip(tokens, logprobs, strict=True)]
+
+    def _advance(self, computed: _Computed) -> None:
+        """Between two steps that follow one another."""
+        per_token, per_sequence = self._inputs.per_token, self._inputs.per_sequence
+        advance_step(
+            computed.tokens,
+            computed.logprobs,
+            per_token["tokens"],
+            per_token["positions"],
+            per_token["kv_slots"],
+            per_sequence["kv_lens"],
+            per_sequence["block_tables"],
+            per_sequence["uniform"],
+            per_sequence["draws"],
+            per_sequence["stop_tokens"],
+            per_sequence["num_done"],
+            self._log_tokens,
+            self._log_logprobs,
+            per_sequence["ended"],
+            page_size=self.cache.page_size,
+        )
 
     def _choose_anew(self, computed: _Computed, rows: Sequence[Row], edited: list[int]) -> None:
         """Choose the tokens of some rows from edited logits, in place of those chosen."""

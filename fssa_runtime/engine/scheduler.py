@@ -179,6 +179,36 @@ class Scheduler:
             self._admit(plan, budget)
         return plan
 
+    def look_ahead(self, plan: Plan, most: int) -> int:
+        """How many steps may follow one another like the plan's, with one plan for all: 1 to
+        ``most``. Pages for them are reserved.
+
+        More than one where every running stream writes a token, not its first, and none comes to
+        its last token or needs a page before the last step that others might want.
+        """
+        pieces = plan.pieces
+        if plan.preempted or len(pieces) < len(self.running):
+            return 1
+        for stream, num_tokens, writes in pieces:
+            if not writes or num_tokens > 1 or not stream.written:
+                return 1
+            most = min(most, stream.max_tokens - len(stream.written))
+        # One page is left for each, as where a newcomer is let in.
+        free = max(0, self.pool.num_free - len(self.running))
+        while most > 1 and free < sum(
+            max(0, self.pool.pages_for(stream.num_computed + most) - len(stream.pages))
+            for stream, _, _ in pieces
+        ):
+            most -= 1
+        for stream, _, _ in pieces:
+            self._reserve(stream, most, plan)
+        return most
+
+    def repeat(self, plan: Plan) -> None:
+        """The plan's step runs once more: its tenants are served as `plan` served them."""
+        for stream, count, _ in plan.pieces:
+            self.waiting.serve(stream.tenant, stream.priority, count)
+
     def computed(self, plan: Plan) -> None:
         """The plan's step has run: its keys and values are in the pages."""
         for stream, count, _ in plan.pieces:
@@ -187,6 +217,11 @@ class Scheduler:
             stream.num_computed += count
             if self.reuse and stream.num_computed // self.pool.page_size > len(stream.keys):
                 self._publish(stream)
+
+    @property
+    def next_deadline(self) -> float:
+        """When a stream may expire at the earliest; infinity if none ever does."""
+        return self._deadlines[0][0] if self._deadlines else math.inf
 
     def streams(self) -> Iterator[Stream]:
         """All streams, running ones first."""

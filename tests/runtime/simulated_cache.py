@@ -75,23 +75,41 @@ class SimulatedCache:
         *,
         choose: Callable[[Stream], int] = lambda stream: len(stream.written) % 2,
         leaving: Stream | None = None,
+        most: int = 1,
     ) -> Plan:
-        """Plan, compute, choose. ``leaving`` is removed while the step runs."""
+        """Plan, compute, choose; up to ``most`` times, as far as steps may follow one another.
+
+        ``leaving`` is removed while the step runs.
+        """
         scheduler = self.scheduler
         before = list(scheduler.running)
         plan = scheduler.plan(now)
         scheduler.check()
         self._check_plan(plan, before)
+        steps = 1 if most == 1 else scheduler.look_ahead(plan, most)
+        scheduler.check()
+        # All are read before one is written, as an indexed copy does.
+        content = [list(self.pages[source]) for source, _ in plan.copies]
+        for (_, to), copied in zip(plan.copies, content, strict=True):
+            self.pages[to] = copied
+        num_ended = len(self.ended)
+        for number in range(steps):
+            assert len(self.ended) == num_ended, "a step follows an end"
+            if number > 0:
+                scheduler.repeat(plan)
+            self._compute(plan, choose, leaving)
+        for page in scheduler.pool.unused():
+            self.pages[page] = [None] * scheduler.pool.page_size
+        return plan
+
+    def _compute(self, plan: Plan, choose: Callable[[Stream], int], leaving: Stream | None) -> None:
+        scheduler = self.scheduler
         rows = [
             (piece.stream, piece.stream.num_computed, piece.num_tokens, list(piece.stream.pages))
             for piece in plan.pieces
         ]
         if leaving is not None:
             assert scheduler.remove(leaving)
-        # All are read before one is written, as an indexed copy does.
-        content = [list(self.pages[source]) for source, _ in plan.copies]
-        for (_, to), copied in zip(plan.copies, content, strict=True):
-            self.pages[to] = copied
         for stream, start, count, pages in rows:
             self._write(stream, start, count, pages)
         for stream, start, count, pages in rows:
@@ -103,9 +121,6 @@ class SimulatedCache:
             if piece.writes and piece.stream is not leaving:
                 self._choose(piece.stream, choose(piece.stream))
         scheduler.check()
-        for page in scheduler.pool.unused():
-            self.pages[page] = [None] * scheduler.pool.page_size
-        return plan
 
     def run_until(
         self,
@@ -114,17 +129,18 @@ class SimulatedCache:
         *,
         choose: Callable[[Stream], int] = lambda stream: len(stream.written) % 2,
         max_steps: int = 1000,
+        most: int = 1,
     ) -> list[Plan]:
         """Step until something is so; the steps."""
         plans = []
         while not reached():
             assert len(plans) < max_steps, f"not reached, {len(self.scheduler)} streams are left"
-            plans.append(self.step(now, choose=choose))
+            plans.append(self.step(now, choose=choose, most=most))
         return plans
 
-    def run(self, max_steps: int = 1000) -> None:
+    def run(self, max_steps: int = 1000, most: int = 1) -> None:
         """Step until nobody is left."""
-        self.run_until(lambda: not len(self.scheduler), max_steps=max_steps)
+        self.run_until(lambda: not len(self.scheduler), max_steps=max_steps, most=most)
 
     def _choose(self, stream: Stream, token: int) -> None:
         stream.written.append(token)

@@ -318,7 +318,7 @@ def test_a_step_that_fails(llm: LLM) -> None:
             await stream.__anext__()
             original = llm.engine.runner.run
 
-            def broken(rows: list) -> list:
+            def broken(*step: Any) -> list:
                 raise RuntimeError("out of luck")
 
             llm.engine.runner.run = broken  # type: ignore[assignment, method-assign]

@@ -68,10 +68,10 @@ def test_choices_are_read_between_the_steps_of_others(model: LanguageModel) -> N
             steps = 0
             original = llm.engine.step
 
-            def counted() -> list:
+            def counted(most: int) -> list:
                 nonlocal steps
                 steps += 1
-                return original()
+                return original(most)
 
             llm.engine.step = counted  # type: ignore[method-assign]
             user = await engine.infer("ana", choices)
@@ -116,9 +116,9 @@ def test_texts_are_tokenised_between_the_steps_of_others(
         tokenised[-1] += 1
         return original(model, *option)
 
-    def stepped() -> list:
+    def stepped(most: int) -> list:
         tokenised.append(0)
-        return step()
+        return step(most)
 
     monkeypatch.setattr(LanguageModel, "option_tokens", counted)
     llm.engine.step = stepped  # type: ignore[method-assign]

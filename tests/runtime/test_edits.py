@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -226,12 +227,13 @@ def test_weights_that_give_no_numbers_end_their_own_answers(model: LanguageModel
     shared = engine(model)
     original = shared.runner.run
 
-    def broken(rows: list) -> list:
-        results = original(rows)
-        return [
+    def broken(rows: list, *steps: Any) -> list:
+        first, *others = original(rows, *steps)
+        broken = [
             result._replace(logprob=math.nan) if len(row.scored) else result
-            for row, result in zip(rows, results, strict=True)
+            for row, result in zip(rows, first, strict=True)
         ]
+        return [broken, *others]
 
     shared.runner.run = broken  # type: ignore[assignment, method-assign]
     bad = Request(list(b"hullo"), sampling=replace(good.sampling, prompt_logprobs=0), n=2)

@@ -184,11 +184,11 @@ def test_an_interrupted_step_leaves_nothing_to_be_found(model: LanguageModel) ->
     interrupted = engine(model, **limits)
     original, num_steps = interrupted.runner.run, 0
 
-    def run(rows: list[Row]) -> list[Chosen]:
+    def run(rows: list[Row], *steps: Any) -> list[list[Chosen]]:
         nonlocal num_steps
         num_steps += 1
         if num_steps < 3:
-            return original(rows)
+            return original(rows, *steps)
         (row,) = rows
         for position in range(row.position, row.position + len(row.tokens)):
             page, offset = row.pages[position // 4], position % 4

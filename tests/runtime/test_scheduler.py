@@ -15,8 +15,9 @@ from fssa_runtime.errors import InputError
 from .simulated_cache import SimulatedCache
 
 
+@pytest.mark.parametrize("most", [1, 3, 16])
 @pytest.mark.parametrize("reuse", [False, True])
-def test_everybody_finishes(reuse: bool) -> None:
+def test_everybody_finishes(reuse: bool, most: int) -> None:
     draw = random.Random(1)
     sim = SimulatedCache(12, 2, max_streams=5, max_tokens=7, reuse=reuse)
     streams = [
@@ -29,7 +30,7 @@ def test_everybody_finishes(reuse: bool) -> None:
         for _ in range(150)
     ]
     # The most important of those that run goes on in every step.
-    sim.run(sum(len(stream.prompt) + stream.max_tokens for stream in streams))
+    sim.run(sum(len(stream.prompt) + stream.max_tokens for stream in streams), most)
     assert set(sim.ended) == set(streams)
     assert sim.scheduler.pool.num_free == 12
 
