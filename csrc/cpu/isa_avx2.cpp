@@ -2,7 +2,7 @@
 #include "isa_prologue.h"
 
 #ifdef FSSA_X86_KERNELS
-FSSA_TARGET("avx2,fma")
+FSSA_TARGET("avx2,fma,prfchw")
 
 #define FSSA_ISA isa_avx2
 

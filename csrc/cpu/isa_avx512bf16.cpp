@@ -3,7 +3,7 @@
 #include "isa_prologue.h"
 
 #ifdef FSSA_X86_KERNELS
-FSSA_TARGET_AVX512("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma")
+FSSA_TARGET_AVX512("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,prfchw")
 
 #define FSSA_ISA isa_avx512bf16
 #define FSSA_BF16_DOT 1

@@ -48,7 +48,7 @@
 #define FSSA_TARGET_END
 #endif
 #ifdef FSSA_EMULATE_AVX512
-#define FSSA_TARGET_AVX512(LIST) FSSA_TARGET("avx2,fma")
+#define FSSA_TARGET_AVX512(LIST) FSSA_TARGET("avx2,fma,prfchw")
 #else
 #define FSSA_TARGET_AVX512(LIST) FSSA_TARGET(LIST)
 #endif

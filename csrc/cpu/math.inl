@@ -13,6 +13,15 @@ FSSA_INLINE void prefetch(const void* p) {
 #endif
 }
 
+// The same, for a line that is going to be written: it is this core's alone once it is there.
+FSSA_INLINE void prefetch_to_write(const void* p) {
+#if defined(__GNUC__)
+  __builtin_prefetch(p, 1, 3);
+#else
+  (void)p;
+#endif
+}
+
 // Hides from the compiler how `value`, a number or a pointer, was made, so that it stays in a register.
 template <typename T>
 FSSA_INLINE void opaque(T& value) {

@@ -27,6 +27,18 @@ FSSA_INLINE void store_activated(const ModulatedLinearCall& a, int64_t t, const 
   }
 }
 
+// Asks for where kRows rows of a panel are stored: another core has read there since, and each store
+// waits for those before it.
+template <int kRows>
+FSSA_INLINE void fetch_stored(const ModulatedLinearCall& a, int64_t t, int64_t panel) {
+  const int64_t size = size_of(a.y_dtype);
+  const int64_t columns = a.epilogue == Epilogue::kNone ? kPanelColumns : kHalfColumns;
+  const char* y = static_cast<const char*>(a.y) + a.halves[2 * panel].column * size;
+  for (int64_t first = 0; first < columns * size; first += 64) {
+    for (int r = 0; r < kRows; ++r) prefetch_to_write(y + (t + r) * a.y_stride * size + first);
+  }
+}
+
 // Rows [t, t + kRows) of one panel, from the product to the stored result, as many halves at a time
 // as the registers hold sums of. `ready` is called once the product is done and before the low-rank
 // term is needed; `brought` goes on in both. Sums are named by constants alone, in loops that are
@@ -37,6 +49,8 @@ FSSA_NOINLINE void tile(const ModulatedLinearCall& a, const Input<X>& input, int
   constexpr int kHalves = 2 * kRows <= kMaxSums ? 2 : 1;
   Vec activated[2][kRows];
   Ahead ahead = brought;
+  // Measured: slower where all rows are one tile.
+  if (a.count.get() > kMaxRows) fetch_stored<kRows>(a, t, panel);
   for (int first = 0; first < 2; first += kHalves) {
     Vec acc[kRows][kHalves];
     FSSA_UNROLL

@@ -74,30 +74,39 @@ class alignas(64) Share {
   std::atomic<uint64_t> bounds_{0};
 };
 
+// How often a thread has arrived. Each has a line of its own, and the one its core brings along: a
+// plain store says so, where a counter that all add to would hold every one of them up until its line
+// has come over from another core.
+struct alignas(128) Arrivals {
+  std::atomic<int64_t> count{0};
+};
+
 // One thread's view of its team. arrive() and wait() are the two halves of a barrier: whatever a
 // thread wrote before it arrived is seen by those that have waited, and work that needs nothing
 // from the others fits in between. Every thread must wait for a phase before it arrives again.
 class Team {
  public:
-  Team(int index, int size, std::atomic<int64_t>* arrivals, Share* shares)
+  Team(int index, int size, Arrivals* arrivals, Share* shares)
       : index_(index), size_(size), arrivals_(arrivals), shares_(shares) {}
 
   int index() const { return index_; }
   int size() const { return size_; }
 
   void arrive() {
-    due_ += size_;
-    if (size_ > 1) arrivals_->fetch_add(1, std::memory_order_acq_rel);
+    ++phase_;
+    if (size_ > 1) arrivals_[index_].count.store(phase_, std::memory_order_release);
   }
 
   void wait() {
-    if (size_ == 1) return;
     // Spinning is right while every thread has a core; past that the others need ours.
-    for (int spins = 0; arrivals_->load(std::memory_order_acquire) < due_; ++spins) {
-      if (spins < kMaxSpins) {
-        relax();
-      } else {
-        std::this_thread::yield();
+    for (int other = 0, spins = 0; other < size_; ++other) {
+      if (other == index_) continue;
+      while (arrivals_[other].count.load(std::memory_order_acquire) < phase_) {
+        if (++spins < kMaxSpins) {
+          relax();
+        } else {
+          std::this_thread::yield();
+        }
       }
     }
   }
@@ -147,9 +156,9 @@ class Team {
 
   int index_;
   int size_;
-  std::atomic<int64_t>* arrivals_;
+  Arrivals* arrivals_;
   Share* shares_;
-  int64_t due_ = 0;
+  int64_t phase_ = 0;
   FirstReads reads_due_, upcoming_;
   Span* meanwhile_ = nullptr;
   Span* meanwhile_end_ = nullptr;
@@ -159,19 +168,20 @@ class Team {
 // when all have finished. `work` must not throw.
 template <typename Work>
 void run_team(int num_threads, const Work& work) {
-  std::atomic<int64_t> arrivals{0};
 #ifdef _OPENMP
   if (num_threads > 1) {
+    std::vector<Arrivals> arrivals(num_threads);
     std::vector<Share> shares(num_threads);
 #pragma omp parallel num_threads(num_threads)
     {
-      Team team(omp_get_thread_num(), omp_get_num_threads(), &arrivals, shares.data());
+      Team team(omp_get_thread_num(), omp_get_num_threads(), arrivals.data(), shares.data());
       work(team);
     }
     return;
   }
 #endif
   (void)num_threads;
+  Arrivals arrivals;
   Share share;
   Team team(0, 1, &arrivals, &share);
   work(team);
