@@ -133,7 +133,8 @@ def measure(
         "decode": {str(batch): {name: [] for name in decoders} for batch in batches},
         "prefill": {name: [] for name in prefills},
         "limits": {
-            str(batch): {"stream_bytes_per_s": [], "product_flop_per_s": []} for batch in batches
+            str(batch): {"stream_bytes_per_s": [], "product_flop_per_s": [], "barrier_s": []}
+            for batch in batches
         },
     }
     for number in range(1, rounds + 1):
@@ -148,6 +149,7 @@ def measure(
                 {
                     "stream_bytes_per_s": limits.stream(),
                     "product_flop_per_s": limits.product(),
+                    "barrier_s": limits.barrier(),
                 },
             )
         rates = _round(prefills)

@@ -3,8 +3,9 @@
     python -m benchmarks.cpu_profile --batch 1,8,32 --json FILE
 
 The recorded step of `benchmarks.cpu_decode`, timed inside the native call, and what passes between
-two of them while the engine decodes; the two sides in turn, and after them what the cores multiply
-and add a second with everything in registers, which the products are held against.
+two of them while the engine decodes; the two sides in turn, and after them the machine's limits:
+what the cores multiply and add a second with everything in registers, which the products are held
+against, what they read from memory, and how long a barrier takes.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.cpu_decode import machine
-from benchmarks.decode_sides import PAGE, Ours
+from benchmarks.decode_sides import PAGE, Limits, Ours
 from benchmarks.modulated import RANK
 from fssa_kernels.native import NATIVE
 from fssa_runtime.engine.step_inputs import Row
@@ -152,6 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--keys: expected at most the model's {most} positions, got {options.keys}")
     ours = Ours(model, max(batches), 512, max(256, options.keys))
     fill_caches(ours)
+    limits = Limits()
     result: dict[str, Any] = {
         "machine": machine(),
         "model": options.model,
@@ -160,31 +162,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "steps": {},
         "fraction_of_multiply_add": {},
         "multiply_add_flop_per_s": {},
+        "stream_bytes_per_s": {},
+        "barrier_s": {},
         "between_steps": {},
         "raw": {},
     }
     for batch in batches:
         raw: dict[str, list[dict[str, float]]] = {row: [] for row in ROWS}
         between: dict[str, list[float]] = {row: [] for row in ROWS}
-        limits: list[float] = []
+        rates: list[float] = []
+        streams: list[float] = []
+        barriers: list[float] = []
         for _ in range(options.rounds):
             for row in ROWS:
                 raw[row].append(profile(ours, row, batch, options.keys, 4))
                 between[row].append(between_steps(ours, row, batch))
-            limits.append(NATIVE.multiply_add_rate(REGISTER_STEPS, torch.get_num_threads()))
+            rates.append(NATIVE.multiply_add_rate(REGISTER_STEPS, torch.get_num_threads()))
+            streams.append(limits.stream(0.1))
+            barriers.append(limits.barrier())
         steps = {
             row: {part: statistics.median(r[part] for r in rounds) for part in rounds[0]}
             for row, rounds in raw.items()
         }
         fractions = {
             row: statistics.median(
-                products_rate(ours, row, batch, step) / limit
-                for step, limit in zip(raw[row], limits, strict=True)
+                products_rate(ours, row, batch, step) / rate
+                for step, rate in zip(raw[row], rates, strict=True)
             )
             for row in ROWS
         }
         result["raw"][str(batch)], result["steps"][str(batch)] = raw, steps
-        result["multiply_add_flop_per_s"][str(batch)] = limits
+        result["multiply_add_flop_per_s"][str(batch)] = rates
+        result["stream_bytes_per_s"][str(batch)] = streams
+        result["barrier_s"][str(batch)] = barriers
         result["between_steps"][str(batch)] = between
         result["fraction_of_multiply_add"][str(batch)] = fractions
         table = Table(title=f"batch {batch}, ms a step", title_justify="left")
@@ -196,6 +206,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         table.add_row("between two", *(f"{statistics.median(between[row]):.3f}" for row in ROWS))
         table.add_row("products ÷ registers", *(f"{fractions[row]:.2f}" for row in ROWS))
         console.print(table)
+        console.print(
+            f"memory {statistics.median(streams) / 1e9:.0f} GB/s, "
+            f"a barrier {statistics.median(barriers) * 1e9:.0f} ns"
+        )
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(result, indent=2) + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from typing import Any
 
@@ -175,6 +176,13 @@ class Limits:
             NATIVE.stream_seconds(memory.data_ptr(), memory.numel(), threads)
             passes += 1
         return passes * memory.numel() / (time.perf_counter() - start)
+
+    def barrier(self) -> float:
+        """Seconds of a barrier, in which threads' cores read what others have written. It tells
+        how far apart the cores are."""
+        assert NATIVE is not None
+        times = [NATIVE.barrier_seconds(10_000, torch.get_num_threads()) for _ in range(5)]
+        return statistics.median(times)
 
     def product(self, seconds: float = 0.3) -> float:
         """FLOP a second of PyTorch's matrix product, in bf16 or fp32, whichever is faster."""

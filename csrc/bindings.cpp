@@ -295,6 +295,15 @@ double stream_seconds(Address data, int64_t bytes, int num_threads) {
   return std::chrono::duration<double>(stop - start).count();
 }
 
+double barrier_seconds(int64_t count, int num_threads) {
+  const auto start = std::chrono::steady_clock::now();
+  run_team(num_threads, [&](Team& team) {
+    for (int64_t i = 0; i < count; ++i) team.barrier();
+  });
+  const auto stop = std::chrono::steady_clock::now();
+  return std::chrono::duration<double>(stop - start).count() / static_cast<double>(count);
+}
+
 double multiply_add_rate(int64_t steps, int num_threads) {
   std::atomic<int64_t> flop{0};
   std::atomic<double> used{0.0};
@@ -322,6 +331,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("set_instruction_set", &set_instruction_set, py::arg("name"));
   m.def("stream_seconds", &stream_seconds, NoGil(), py::arg("data"), py::arg("bytes"),
         py::arg("num_threads"), "Time to read that memory once.");
+  m.def("barrier_seconds", &barrier_seconds, NoGil(), py::arg("count"), py::arg("num_threads"),
+        "Time that a barrier takes where all arrive at once.");
   m.def("multiply_add_rate", &multiply_add_rate, NoGil(), py::arg("steps"), py::arg("num_threads"),
         "Floating-point operations a second, all in registers.");
   m.def("half_bytes", [](int code, int64_t k) { return half_bytes(dtype(code), k); });

@@ -58,6 +58,11 @@ def test_the_rate_in_registers_is_one_a_machine_can_have(num_threads):
     assert 1e7 < NATIVE.multiply_add_rate(100_000, num_threads) < 1e13 * num_threads
 
 
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+def test_a_barrier_takes_its_time(num_threads):
+    assert 0 < NATIVE.barrier_seconds(100, num_threads) < 1
+
+
 def test_the_norm_leaves_the_next_linear_s_input_to_others():
     verdict = explain("residual_film_rms_norm", **by_name("residual_film_rms_norm", "shrink"))[0]
     assert verdict.reason == "cannot: the kernel has no product with lora_a"
