@@ -187,7 +187,7 @@ class Scheduler:
         its last token or needs a page before the last step that others might want.
         """
         pieces = plan.pieces
-        if plan.preempted or len(pieces) < len(self.running):
+        if plan.preempted:
             return 1
         for stream, num_tokens, writes in pieces:
             if not writes or num_tokens > 1 or not stream.written:

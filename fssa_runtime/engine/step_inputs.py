@@ -164,7 +164,7 @@ class StepInputs:
         view["uniform"][:count] = [row.uniforms[0] if row.uniforms else 0.0 for row in rows]
         view["forced"][:count] = [row.forced for row in rows]
         if steps > 1:
-            view["num_done"][:count] = view["ended"][:count] = 0
+            view["num_done"][:count] = 0
             for index, row in enumerate(rows):
                 if row.uniforms:
                     view["draws"][index, :steps] = row.uniforms

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import fssa_runtime.engine.engine as engine_module
 from fssa_kernels.native import MISSING, NATIVE
-from fssa_runtime import LLM
+from fssa_runtime import LLM, AsyncEngine
 from fssa_runtime.engine.engine import Engine
 from fssa_runtime.engine.scheduler import Plan
 from fssa_runtime.engine.step_inputs import MAX_STOP_TOKENS
@@ -26,7 +26,7 @@ from fssa_runtime.models.language_model import LanguageModel
 from fssa_runtime.request import Completion, Request, SamplingParams
 
 from .asynchronous import LONG, accounted_llm, run, serving
-from .conditioned import small_model
+from .conditioned import random_conditioning, small_model
 from .simulated_cache import SimulatedCache
 
 pytestmark = pytest.mark.skipif(NATIVE is None, reason=str(MISSING))
@@ -335,7 +335,7 @@ def test_fewer_steps_where_pages_are_rare() -> None:
         scheduler.check()
 
 
-def test_one_step_where_somebody_lost_their_pages_or_is_left_out() -> None:
+def test_one_step_where_somebody_lost_their_pages() -> None:
     draw = random.Random(3)
     sim = SimulatedCache(8, 2, max_streams=4, max_tokens=4, reuse=False)
     for _ in range(12):
@@ -344,8 +344,8 @@ def test_one_step_where_somebody_lost_their_pages_or_is_left_out() -> None:
 
     def look_ahead(plan: Plan, most: int) -> int:
         steps = original(plan, most)
-        disturbed = bool(plan.preempted) or len(plan.pieces) < len(sim.scheduler.running)
-        seen[disturbed, steps > 1] += 1
+        assert steps == 1 or len(plan.pieces) == len(sim.scheduler.running)
+        seen[bool(plan.preempted), steps > 1] += 1
         return steps
 
     sim.scheduler.look_ahead = look_ahead  # type: ignore[method-assign]
@@ -416,6 +416,40 @@ def test_steps_end_for_whoever_wants_something(llm: LLM, what: str) -> None:
     run(test)
     assert steps[0] == 1
     assert not llm.engine.interrupt._view[0]
+
+
+def test_who_comes_as_the_engine_closes_leaves_no_interrupt(llm: LLM) -> None:
+    """Whoever runs this model's engine next would go step by step."""
+
+    async def test() -> None:
+        async with serving(llm) as serves:
+            join = serves._thread.join
+
+            def late(*arguments: Any) -> None:
+                join(*arguments)
+                llm.engine.interrupt.set()
+
+            serves._thread.join = late  # type: ignore[method-assign]
+
+    run(test)
+    assert not llm.engine.interrupt._view[0]
+
+
+def test_a_change_of_users_goes_on_after_every_step(model: LanguageModel) -> None:
+    llm = LLM(model, random_conditioning(model, "gated"), max_batch_size=8, max_batch_tokens=64)
+    choices = [("Why?", "a" * 20 + str(n), "b" * 30 + str(n)) for n in range(8)]
+    steps = counted(llm.engine)
+
+    async def test() -> None:
+        async with AsyncEngine(llm) as serves:
+            stream = serves.stream("Why?", sampling=LONG)
+            await stream.__anext__()
+            await serves.infer("cy", choices)
+            stream.abort()
+
+    run(test)
+    # Two or fewer of the options are read in a piece, with a step between two pieces.
+    assert steps.count(1) >= 8
 
 
 def test_the_engine_s_thread_lets_steps_follow_one_another(llm: LLM) -> None:
