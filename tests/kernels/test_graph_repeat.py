@@ -104,15 +104,19 @@ def test_a_replay_knows_nothing_of_what_follows():
     assert one.graph.names[-1] == "sample"
 
 
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
 @pytest.mark.parametrize("row", [0, 2])
-def test_it_ends_with_the_step_that_ends_a_row(row):
+def test_it_ends_with_the_step_that_ends_a_row(row, num_threads):
+    """Whichever thread has the row: the one that looks waits for the others."""
+    torch.set_num_threads(num_threads)
     whole = replayed(torch.bfloat16, STEPS)
     tokens = whole.log_tokens[row].tolist()
     step = next(i for i in range(2, STEPS) if tokens[i] not in tokens[:i])
     one = Repeated()
-    one.fill()
     one.chain.sequences["stops"][row, 1] = tokens[step]
-    assert one.graph.repeat(ROWS, STEPS) == step + 1
+    for _ in range(100):
+        one.fill()
+        assert one.graph.repeat(ROWS, STEPS) == step + 1
     assert one.chain.sequences["ended"][:3].tolist() == [int(b == row) for b in range(3)]
     assert torch.equal(one.log_tokens[:3, : step + 1], whole.log_tokens[:3, : step + 1])
     assert (one.log_tokens[:, step + 1 :] == -77).all()
