@@ -13,7 +13,7 @@ FSSA_INLINE void prefetch(const void* p) {
 #endif
 }
 
-// The same, for a line that is going to be written: it is this core's alone once it is there.
+// The same for a line that is going to be written: it is this core's alone once it is there.
 FSSA_INLINE void prefetch_to_write(const void* p) {
 #if defined(__GNUC__)
   __builtin_prefetch(p, 1, 3);
