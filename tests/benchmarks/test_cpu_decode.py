@@ -203,6 +203,9 @@ class FixedLimits:
     def product(self) -> float:
         return 1e10
 
+    def barrier(self) -> float:
+        return 2e-7
+
 
 class FakeOurs:
     """Decodes at 100 tokens a second a row, the n-th time n faster; reads 4 MB a step."""
@@ -264,6 +267,8 @@ def test_what_was_measured_before_a_run_ends_is_whole(monkeypatch: pytest.Monkey
     assert {name: len(values) for name, values in kept["prefill"].items()} == dict.fromkeys(
         [*OURS, "peer"], 1
     )
+
+    assert [limits["barrier_s"] for limits in kept["limits"].values()] == [[2e-7], [2e-7]]
 
     summary = summarise(kept, ours, 10)
     one = summary["decode"]["1"]
