@@ -95,6 +95,8 @@ class Engine:
                 f"max_batch_tokens: expected at least max_batch_size = {max_batch_size}, "
                 f"got {max_batch_tokens}"
             )
+        if max_steps < 1:
+            raise ValueError(f"max_steps: expected at least 1, got {max_steps}")
         if (modulation is None) != (table is None):
             raise ValueError("modulation and table: expected both or neither")
         self.decoder = decoder

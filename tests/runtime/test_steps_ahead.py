@@ -89,6 +89,13 @@ def test_most_steps_follow_one_another(model: LanguageModel) -> None:
     assert steps == [1] * 40
 
 
+def test_there_is_at_least_one_step(model: LanguageModel) -> None:
+    with pytest.raises(ValueError, match="max_steps: expected at least 1, got 0"):
+        engine(model, max_steps=0)
+    asked = engine(model, max_steps=1)
+    assert len(asked.generate([Request(list(b"hello"), sampling=GREEDY)])[0].tokens) == 40
+
+
 def test_a_single_step_is_what_step_computes_unasked(model: LanguageModel) -> None:
     asked = engine(model)
     steps = counted(asked)
