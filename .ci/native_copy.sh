@@ -11,7 +11,7 @@ native_tests=(
     tests/kernels/test_native_sample.py tests/kernels/test_modulated_linear_native.py
     tests/kernels/test_graph.py tests/kernels/test_graph_recording.py
     tests/kernels/test_graph_interrupted.py tests/kernels/test_graph_repeat.py
-    tests/kernels/test_advance_step.py
+    tests/kernels/test_advance_step.py tests/kernels/test_compressed.py
 )
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}

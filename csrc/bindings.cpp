@@ -7,6 +7,7 @@
 #include <chrono>
 
 #include "cpu/advance_step.h"
+#include "cpu/compressed.h"
 #include "cpu/graph.h"
 #include "cpu/kernels.h"
 #include "cpu/modulated_linear.h"
@@ -43,12 +44,12 @@ struct Rows {
   RowCount count;
 };
 
-// (address, dtype code, row stride, user stride)
-using Side = std::tuple<Address, int, int64_t, int64_t>;
+// (address, dtype code, row stride, user stride, bytes of a compressed panel's header)
+using Side = std::tuple<Address, int, int64_t, int64_t, int64_t>;
 
 SideMatrix side(const Side& value) {
-  const auto& [address, code, stride, user_stride] = value;
-  return {in<void>(address), dtype(code), stride, user_stride};
+  const auto& [address, code, stride, user_stride, header_bytes] = value;
+  return {in<void>(address), dtype(code), stride, user_stride, header_bytes};
 }
 
 // (address, token stride, head stride)
@@ -60,7 +61,8 @@ Heads heads(const HeadsTuple& value) {
 
 std::shared_ptr<Call> modulated_linear(const Rows& rows_count, Address y, int64_t y_stride,
                                        int y_dtype, Address x, int64_t x_stride, int x_dtype,
-                                       Address weight, Address bias, const Side& lora_a,
+                                       Address weight, int64_t header_bytes, Address bias,
+                                       const Side& lora_a,
                                        const Side& lora_b, const Side& rows, Address slots,
                                        Address halves, int64_t num_halves, Address low_rank,
                                        Address unmixed, Address widened, int64_t num_splits,
@@ -75,6 +77,7 @@ std::shared_ptr<Call> modulated_linear(const Rows& rows_count, Address y, int64_
   call->x_stride = x_stride;
   call->dtype = dtype(x_dtype);
   call->weight = in<void>(weight);
+  call->header_bytes = header_bytes;
   call->bias = in<void>(bias);
   call->lora_a = side(lora_a);
   call->lora_b = side(lora_b);
@@ -95,7 +98,7 @@ std::shared_ptr<Call> modulated_linear(const Rows& rows_count, Address y, int64_
 }
 
 std::shared_ptr<Call> take_rows(const Rows& rows, Address y, Address table, int code, bool packed,
-                                int64_t row_stride, int64_t k, int64_t num_rows, Address index,
+                                int64_t header_bytes, int64_t row_stride, int64_t k, int64_t num_rows, Address index,
                                 float scale) {
   auto call = std::make_shared<TakeRowsCall>();
   call->count = rows.count;
@@ -103,6 +106,7 @@ std::shared_ptr<Call> take_rows(const Rows& rows, Address y, Address table, int 
   call->table = in<void>(table);
   call->dtype = dtype(code);
   call->packed = packed;
+  call->header_bytes = header_bytes;
   call->row_stride = row_stride;
   call->k = k;
   call->num_rows = num_rows;
@@ -355,6 +359,31 @@ PYBIND11_MODULE(_native, m) {
          int64_t num_halves, int64_t panel_halves, int num_threads) {
         unpack_matrix(out<void>(to), in<void>(packed), stride,
                       {dtype(code), k, in<Half>(halves), num_halves, panel_halves}, num_threads);
+      },
+      NoGil());
+
+  m.def("reads_compressed", [] { return kernels().reads_compressed; },
+        "Whether products of the instruction set in use read compressed weights.");
+  m.def("compressed_panel_bytes", &compressed_panel_bytes);
+  m.def(
+      "compressed_header_bytes",
+      [](Address packed, int64_t num_panels, int64_t k, int num_threads) {
+        return compressed_header_bytes(in<void>(packed), num_panels, k, num_threads);
+      },
+      NoGil());
+  m.def(
+      "compress_panels",
+      [](Address to, Address packed, int64_t num_panels, int64_t k, int64_t header_bytes,
+         int num_threads) {
+        compress_panels(out<void>(to), in<void>(packed), num_panels, k, header_bytes, num_threads);
+      },
+      NoGil());
+  m.def(
+      "decompress_panels",
+      [](Address to, Address compressed, int64_t num_panels, int64_t k, int64_t header_bytes,
+         int num_threads) {
+        decompress_panels(out<void>(to), in<void>(compressed), num_panels, k, header_bytes,
+                          num_threads);
       },
       NoGil());
 

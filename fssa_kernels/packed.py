@@ -5,6 +5,10 @@ reads two whole vector registers:
 
     fp32  [panel][K][32]          bf16  [panel][K/2][32][2]  (odd K padded by a zero)
 
+Panels of bf16 may be compressed to three quarters, to the bit (csrc/cpu/compressed.h): the sixteen
+most frequent high bytes of a panel take four bits each. Some instruction sets read them so at no
+cost, and what is shorter comes from memory sooner.
+
 The factor A of a low-rank term has few columns and lies in narrow panels of one half each.
 
 A half belongs to one projection of a stack. Where an epilogue multiplies two projections, a panel's
@@ -39,6 +43,7 @@ class PackedMatrix:
         narrow: whether a panel is one half.
         data: the panels, uint8. halves: ``[num_halves, 4]`` int32: first row, first column of the
             result, columns in use, projection.
+        header_bytes: of a compressed panel, 0 where they are not compressed.
     """
 
     shape: tuple[int, int]
@@ -48,6 +53,7 @@ class PackedMatrix:
     narrow: bool
     data: Tensor = field(repr=False)
     halves: Tensor = field(repr=False)
+    header_bytes: int = 0
 
     @property
     def device(self) -> torch.device:
@@ -61,10 +67,21 @@ class PackedMatrix:
     def unpack(self) -> Tensor:
         """The matrix ``[N, K]`` as it was, to the bit."""
         assert NATIVE is not None
+        panels = self.data
+        if self.header_bytes:
+            panels = _memory(len(self.halves) * _half_bytes(self.dtype, self.shape[1]), None)
+            NATIVE.decompress_panels(
+                panels.data_ptr(),
+                self.data.data_ptr(),
+                len(self.halves) // 2,
+                self.shape[1],
+                self.header_bytes,
+                torch.get_num_threads(),
+            )
         matrix = torch.empty(self.shape, dtype=self.dtype)
         NATIVE.unpack_matrix(
             matrix.data_ptr(),
-            self.data.data_ptr(),
+            panels.data_ptr(),
             self.shape[1],
             DTYPE_CODES[self.dtype],
             self.shape[1],
@@ -101,6 +118,7 @@ def pack_matrix(
     splits: Sequence[int] | None = None,
     paired: bool = False,
     narrow: bool = False,
+    compress: bool | None = None,
     arena: PackArena | None = None,
 ) -> PackedMatrix:
     """Lay a matrix ``[N, K]`` out for the native kernels.
@@ -110,6 +128,9 @@ def pack_matrix(
         splits: sizes of the stacked projections; None means one.
         paired: the two projections, equally large, will be multiplied in an epilogue.
         narrow: what the factor A wants, and nothing else.
+        compress: whether panels are compressed where that makes them smaller, which takes bfloat16,
+            wide panels, K a multiple of 4 and numbers of few magnitudes; None: where the
+            instruction set in use reads them so.
         arena: where to put it, side by side with others; None for memory of its own.
 
     Raises TypeError for a dtype, ValueError for a shape, device or splits that do not fit, and
@@ -130,8 +151,12 @@ def pack_matrix(
     code = DTYPE_CODES[matrix.dtype]
     if width > 1 and matrix.stride(1) != 1:
         matrix = matrix.contiguous()
-    num_bytes = len(halves) * NATIVE.half_bytes(code, width)
-    data = torch.empty(num_bytes, dtype=torch.uint8) if arena is None else arena.take(num_bytes)
+    num_bytes = len(halves) * _half_bytes(matrix.dtype, width)
+    if compress is None:
+        compress = NATIVE.reads_compressed()
+    compress = compress and matrix.dtype == torch.bfloat16 and not narrow
+    # What is going to be compressed is laid out somewhere else first.
+    data = _memory(num_bytes, None if compress else arena)
     NATIVE.pack_matrix(
         data.data_ptr(),
         matrix.detach().data_ptr(),
@@ -143,7 +168,38 @@ def pack_matrix(
         1 if narrow else 2,
         torch.get_num_threads(),
     )
-    return PackedMatrix((num_rows, width), matrix.dtype, tuple(sizes), paired, narrow, data, halves)
+    header_bytes = 0
+    if compress:
+        data, header_bytes = _compressed(data, len(halves) // 2, width, arena)
+    return PackedMatrix(
+        (num_rows, width), matrix.dtype, tuple(sizes), paired, narrow, data, halves, header_bytes
+    )
+
+
+def _compressed(
+    panels: Tensor, num_panels: int, width: int, arena: PackArena | None
+) -> tuple[Tensor, int]:
+    """The panels compressed and the bytes of a header, or as they are and 0: what is better."""
+    assert NATIVE is not None
+    threads = torch.get_num_threads()
+    header_bytes = NATIVE.compressed_header_bytes(panels.data_ptr(), num_panels, width, threads)
+    if not header_bytes:
+        return (panels if arena is None else arena.take(panels.numel()).copy_(panels)), 0
+    data = _memory(num_panels * NATIVE.compressed_panel_bytes(header_bytes, width), arena)
+    NATIVE.compress_panels(
+        data.data_ptr(), panels.data_ptr(), num_panels, width, header_bytes, threads
+    )
+    return data, header_bytes
+
+
+def _half_bytes(dtype: torch.dtype, width: int) -> int:
+    assert NATIVE is not None
+    num_bytes: int = NATIVE.half_bytes(DTYPE_CODES[dtype], width)
+    return num_bytes
+
+
+def _memory(num_bytes: int, arena: PackArena | None) -> Tensor:
+    return torch.empty(num_bytes, dtype=torch.uint8) if arena is None else arena.take(num_bytes)
 
 
 def unpacked(matrix: Tensor | PackedMatrix) -> Tensor:

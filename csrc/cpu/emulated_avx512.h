@@ -14,14 +14,18 @@ typedef float __m512 __attribute__((vector_size(64)));
 typedef long long __m512i __attribute__((vector_size(64)));
 typedef short __m512bh __attribute__((vector_size(64)));
 typedef long long __m256i __attribute__((vector_size(32)));
+typedef long long __m128i __attribute__((vector_size(16)));
 typedef short __m256bh __attribute__((vector_size(32)));
 typedef uint16_t __mmask16;
 
 namespace fssa::cpu::emulated {
 
 typedef uint32_t Words __attribute__((vector_size(64)));
+typedef uint8_t Bytes __attribute__((vector_size(64)));
 typedef uint64_t Doubles __attribute__((vector_size(64)));
 typedef uint16_t Shorts __attribute__((vector_size(32)));
+typedef uint16_t LongShorts __attribute__((vector_size(64)));
+typedef uint32_t ShortWords __attribute__((vector_size(16)));
 
 template <typename V>
 FSSA_EMULATED V read(const void* p) {
@@ -66,6 +70,9 @@ FSSA_EMULATED __m512 _mm512_loadu_ps(const void* p) {
 }
 FSSA_EMULATED __m512i _mm512_loadu_si512(const void* p) {
   return fssa::cpu::emulated::read<__m512i>(p);
+}
+FSSA_EMULATED __m128i _mm_loadu_si128(const __m128i* p) {
+  return fssa::cpu::emulated::read<__m128i>(p);
 }
 FSSA_EMULATED __m256i _mm256_loadu_si256(const __m256i* p) {
   return fssa::cpu::emulated::read<__m256i>(p);
@@ -158,6 +165,14 @@ FSSA_EMULATED __m512i _mm512_slli_epi32(__m512i x, unsigned n) {
 FSSA_EMULATED __m512i _mm512_srli_epi32(__m512i x, unsigned n) {
   return (__m512i)((fssa::cpu::emulated::Words)x >> n);
 }
+FSSA_EMULATED __m512i _mm512_srli_epi16(__m512i x, unsigned n) {
+  return (__m512i)((fssa::cpu::emulated::LongShorts)x >> n);
+}
+FSSA_EMULATED __m512i _mm512_broadcast_i32x4(__m128i x) {
+  const auto lane = fssa::cpu::emulated::read<fssa::cpu::emulated::ShortWords>(&x);
+  return (__m512i)fssa::cpu::emulated::each<fssa::cpu::emulated::Words>(
+      [&](int i) { return lane[i % 4]; });
+}
 FSSA_EMULATED __m512i _mm512_mask_mov_epi32(__m512i other, __mmask16 mask, __m512i x) {
   return (__m512i)_mm512_mask_mov_ps((__m512)other, mask, (__m512)x);
 }
@@ -183,6 +198,21 @@ FSSA_EMULATED __m512i _mm512_unpackhi_epi32(__m512i x, __m512i y) {
   const auto a = (fssa::cpu::emulated::Words)x, b = (fssa::cpu::emulated::Words)y;
   return (__m512i)fssa::cpu::emulated::each<fssa::cpu::emulated::Words>(
       [&](int i) { return (i % 2 ? b : a)[i / 4 * 4 + 2 + i % 4 / 2]; });
+}
+FSSA_EMULATED __m512i _mm512_unpacklo_epi8(__m512i x, __m512i y) {
+  const auto a = (fssa::cpu::emulated::Bytes)x, b = (fssa::cpu::emulated::Bytes)y;
+  return (__m512i)fssa::cpu::emulated::each<fssa::cpu::emulated::Bytes>(
+      [&](int i) { return (i % 2 ? b : a)[i / 16 * 16 + i % 16 / 2]; });
+}
+FSSA_EMULATED __m512i _mm512_unpackhi_epi8(__m512i x, __m512i y) {
+  const auto a = (fssa::cpu::emulated::Bytes)x, b = (fssa::cpu::emulated::Bytes)y;
+  return (__m512i)fssa::cpu::emulated::each<fssa::cpu::emulated::Bytes>(
+      [&](int i) { return (i % 2 ? b : a)[i / 16 * 16 + 8 + i % 16 / 2]; });
+}
+FSSA_EMULATED __m512i _mm512_shuffle_epi8(__m512i x, __m512i index) {
+  const auto a = (fssa::cpu::emulated::Bytes)x, at = (fssa::cpu::emulated::Bytes)index;
+  return (__m512i)fssa::cpu::emulated::each<fssa::cpu::emulated::Bytes>(
+      [&](int i) { return at[i] & 128 ? uint8_t{0} : a[i / 16 * 16 + at[i] % 16]; });
 }
 FSSA_EMULATED __m512i _mm512_unpacklo_epi64(__m512i x, __m512i y) {
   const auto a = (fssa::cpu::emulated::Doubles)x, b = (fssa::cpu::emulated::Doubles)y;

@@ -3,6 +3,9 @@
 // here on: the linker could keep that copy for files that run on lesser machines.
 #include "math.inl"
 #include "multiply.inl"
+#ifdef FSSA_BF16_DOT
+#include "compressed.inl"
+#endif
 #include "low_rank.inl"
 #include "panel_reads.inl"
 #include "modulated_linear.inl"
@@ -41,7 +44,8 @@ void run_attention(const AttentionCall& call, Team& team) {
 #define FSSA_KERNELS(NAME)                                                                     \
   const Kernels& kernels_##NAME() {                                                            \
     static const Kernels set{#NAME,                                                            \
-                             FSSA_ISA::kMaxRows,           FSSA_ISA::run_modulated_linear,     \
+                             FSSA_ISA::kMaxRows,           FSSA_ISA::kReadsCompressed,         \
+                             FSSA_ISA::run_modulated_linear,                                   \
                              FSSA_ISA::run_take_rows,      FSSA_ISA::run_norm,                 \
                              FSSA_ISA::run_rope,           FSSA_ISA::run_attention,            \
                              FSSA_ISA::chunk_stats,        FSSA_ISA::softmax_weights,          \

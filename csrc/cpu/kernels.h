@@ -22,7 +22,8 @@ constexpr int kMultiplyAddStart = 64;
 
 struct Kernels {
   const char* name;
-  int64_t max_rows;  // of a tile of a product
+  int64_t max_rows;       // of a tile of a product
+  bool reads_compressed;  // weights, in products
   void (*modulated_linear)(const ModulatedLinearCall&, Team&);
   void (*take_rows)(const TakeRowsCall&, Team&);
   void (*norm)(const NormCall&, Team&);

@@ -183,17 +183,26 @@ FSSA_INLINE void low_rank(const ModulatedLinearCall& a, const Input<X>& input, i
   }
 }
 
-// acc += v B^T for the first kHalves halves at `b`; the second one's v begins `apart` numbers after
-// the first one's.
-template <int kRows, int kHalves, typename V, typename B>
-FSSA_INLINE void expand_halves(const SpacedRows<kRows, V>& v, const B* b, int64_t rank,
-                               int64_t apart, Vec (&acc)[kRows][kHalves], Ahead& ahead) {
+// acc += v B^T for kHalves halves of a panel, from half `first` on; the second one's v begins `apart`
+// numbers after the first one's.
+template <typename B, int kRows, int kHalves, typename V>
+FSSA_INLINE void expand_halves(const ModulatedLinearCall& a, const SpacedRows<kRows, V>& v,
+                               int64_t panel, int first, int64_t apart,
+                               Vec (&acc)[kRows][kHalves], Ahead& ahead) {
+  if constexpr (kReadsCompressed && kHalves == 2 && sizeof(B) == 2 && sizeof(V) == 2) {
+    if (a.lora_b.header_bytes != 0) {
+      accumulate_compressed(v, a.expand_panel(panel), a.lora_b.header_bytes, a.rank, acc, ahead,
+                            apart);
+      return;
+    }
+  }
+  const B* b = half_at<B>(a.expand_panel(panel), 0, first);
   if constexpr (kHalves == 1) {
-    accumulate<kStepBytes / 2>(v, b, rank, acc, ahead);
+    accumulate<kStepBytes / 2>(v, b, a.rank, acc, ahead);
   } else if (apart == 0) {  // Both halves multiply the same numbers: read once.
-    accumulate(v, b, rank, acc, ahead);
+    accumulate(v, b, a.rank, acc, ahead);
   } else {
-    accumulate(v, b, rank, acc, ahead, kPanelColumns, apart);
+    accumulate(v, b, a.rank, acc, ahead, kPanelColumns, apart);
   }
 }
 
@@ -205,16 +214,15 @@ FSSA_INLINE void expand_packed(const ModulatedLinearCall& a, int64_t t, int64_t 
   const Half* halves = a.halves + 2 * panel + first;
   const SpacedRows<kRows, V> v(
       reinterpret_cast<const V*>(a.low_rank) + t * a.width() + halves[0].split * a.rank, a.width());
-  const B* b = half_at<B>(a.lora_b.data, panel * panel_bytes(a.lora_b.dtype, a.rank), first);
   int64_t apart = 0;
   if constexpr (kHalves == 2) {
     if (halves[1].valid) apart = (halves[1].split - halves[0].split) * a.rank;
   }
   if (ahead.halved) {
-    expand_halves(v, b, a.rank, apart, acc, ahead);
+    expand_halves<B>(a, v, panel, first, apart, acc, ahead);
   } else {
     Ahead nothing{};
-    expand_halves(v, b, a.rank, apart, acc, nothing);
+    expand_halves<B>(a, v, panel, first, apart, acc, nothing);
   }
 }
 
@@ -242,9 +250,8 @@ FSSA_INLINE void expand_own(const ModulatedLinearCall& a, int64_t t, int64_t pan
 // Asks for one panel of B, too short for the machine's own prefetcher to notice.
 FSSA_INLINE void fetch_expand(const ModulatedLinearCall& a, int64_t panel) {
   if (a.family == Family::kNone || a.family == Family::kFactors) return;
-  const int64_t bytes = panel_bytes(a.lora_b.dtype, a.rank);
-  const char* b = static_cast<const char*>(a.lora_b.data) + panel * bytes;
-  for (int64_t i = 0; i < bytes; i += 64) prefetch(b + i);
+  const char* b = a.expand_panel(panel);
+  for (int64_t i = 0; i < a.expand_bytes(); i += 64) prefetch(b + i);
 }
 
 }  // namespace FSSA_ISA

@@ -1,6 +1,8 @@
 #include "modulated_linear.h"
 
 #include <algorithm>
+#include <stdexcept>
+#include <string>
 
 #include "kernels.h"
 
@@ -76,13 +78,18 @@ std::vector<int64_t> TakeRowsCall::check_key() const {
 void TakeRowsCall::run(Team& team) const { kernels().take_rows(*this, team); }
 
 void ModulatedLinearCall::check() const {
+  if (compressed() && !kernels().reads_compressed) {
+    throw std::invalid_argument(
+        std::string("modulated_linear: expected matrices that are not compressed for ") +
+        kernels().name + ", got one that was packed for another instruction set");
+  }
   if (slots == nullptr || family == Family::kNone || family == Family::kStatic) return;
   IndexCheck{"modulated_linear", "slots", slots, 0, num_users}.run(count.get());
 }
 
 std::vector<int64_t> ModulatedLinearCall::check_key() const {
   const bool unread = slots == nullptr || family == Family::kNone || family == Family::kStatic;
-  return {key(unread ? nullptr : slots), num_users, key(count.variable), count.fixed};
+  return {key(unread ? nullptr : slots), num_users, key(count.variable), count.fixed, compressed()};
 }
 
 FirstReads ModulatedLinearCall::first_reads(const Team& team) const {

@@ -4,12 +4,13 @@
 // reads two whole registers: fp32 [panel][K][32], bf16 [panel][K/2][32][2] (an odd K is padded by a
 // zero). A half belongs to one projection; where projections are multiplied in the epilogue, the
 // two halves of a panel are the same columns of both. A, whose columns are few, lies in panels of
-// one half each.
+// one half each. Panels of bf16 may be compressed (compressed.h).
 #pragma once
 
 #include <cstdint>
 
 #include "call.h"
+#include "compressed.h"
 
 namespace fssa::cpu {
 
@@ -31,7 +32,10 @@ inline int64_t half_bytes(DType dtype, int64_t k) {
   return (dtype == DType::kFloat32 ? k : (k + 1) / 2) * kHalfColumns * 4;
 }
 
-inline int64_t panel_bytes(DType dtype, int64_t k) { return 2 * half_bytes(dtype, k); }
+// Of one that is compressed where `header_bytes` is not 0.
+inline int64_t panel_bytes(DType dtype, int64_t k, int64_t header_bytes = 0) {
+  return header_bytes != 0 ? compressed_panel_bytes(header_bytes, k) : 2 * half_bytes(dtype, k);
+}
 
 // How a matrix [*, K] lies in panels of `panel_halves` halves.
 struct PanelLayout {
@@ -56,6 +60,7 @@ struct TakeRowsCall final : Call {
   const void* table = nullptr;
   DType dtype = DType::kFloat32;
   bool packed = false;
+  int64_t header_bytes = 0;  // of compressed panels, 0 where they are not
   int64_t row_stride = 0;  // of a table that is not packed
   int64_t k = 0;
   int64_t num_rows = 0;  // of the table
@@ -73,6 +78,7 @@ struct SideMatrix {
   DType dtype = DType::kFloat32;
   int64_t stride = 0;       // from row to row, elements
   int64_t user_stride = 0;  // from user to user, elements: factors only
+  int64_t header_bytes = 0;  // of compressed panels, 0 where they are not
 };
 
 struct ModulatedLinearCall final : Call {
@@ -83,6 +89,7 @@ struct ModulatedLinearCall final : Call {
   int64_t x_stride = 0;
   DType dtype = DType::kFloat32;  // of x, weight and bias
   const void* weight = nullptr;   // packed
+  int64_t header_bytes = 0;       // of its panels where they are compressed, 0 where they are not
   const void* bias = nullptr;     // [N] or null
   SideMatrix lora_a;              // [S*R,K] in panels of one half; factors [U,S*R,K] row-major
   SideMatrix lora_b;              // [N,R] packed like the weight; factors [U,N,R] row-major
@@ -103,9 +110,16 @@ struct ModulatedLinearCall final : Call {
 
   int64_t width() const { return num_splits * rank; }
   int64_t num_panels() const { return num_halves / 2; }
-  int64_t panel_bytes() const { return cpu::panel_bytes(dtype, in_features); }
+  bool compressed() const { return header_bytes != 0 || lora_b.header_bytes != 0; }
+  int64_t panel_bytes() const { return cpu::panel_bytes(dtype, in_features, header_bytes); }
   const char* panel(int64_t index) const {
     return static_cast<const char*>(weight) + index * panel_bytes();
+  }
+  int64_t expand_bytes() const {
+    return cpu::panel_bytes(lora_b.dtype, rank, lora_b.header_bytes);
+  }
+  const char* expand_panel(int64_t index) const {
+    return static_cast<const char*>(lora_b.data) + index * expand_bytes();
   }
   int64_t shrink_halves() const { return (width() + kHalfColumns - 1) / kHalfColumns; }
   Span shrink_span(int64_t first, int64_t num) const {

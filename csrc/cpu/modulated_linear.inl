@@ -39,6 +39,22 @@ FSSA_INLINE void fetch_stored(const ModulatedLinearCall& a, int64_t t, int64_t p
   }
 }
 
+// acc += x W^T for rows [t, t + kRows) and kHalves halves of a panel, from half `first` on.
+template <typename T, int kRows, int kHalves, typename X>
+FSSA_INLINE void multiply_panel(const ModulatedLinearCall& a, const Input<X>& input, int64_t t,
+                                int64_t panel, int first, Vec (&acc)[kRows][kHalves],
+                                Ahead& ahead) {
+  const auto rows = input.template rows<kRows>(t);
+  if constexpr (kReadsCompressed && kHalves == 2 && sizeof(T) == 2) {
+    if (a.header_bytes != 0) {
+      accumulate_compressed(rows, a.panel(panel), a.header_bytes, a.in_features, acc, ahead);
+      return;
+    }
+  }
+  accumulate<kStepBytes / 2 * kHalves>(rows, half_at<T>(a.panel(panel), 0, first), a.in_features,
+                                       acc, ahead);
+}
+
 // Rows [t, t + kRows) of one panel, from the product to the stored result, as many halves at a time
 // as the registers hold sums of. `ready` is called once the product is done and before the low-rank
 // term is needed; `brought` goes on in both. Sums are named by constants alone, in loops that are
@@ -58,9 +74,7 @@ FSSA_NOINLINE void tile(const ModulatedLinearCall& a, const Input<X>& input, int
       FSSA_UNROLL
       for (int h = 0; h < kHalves; ++h) acc[r][h] = broadcast(0.0f);
     }
-    accumulate<kStepBytes / 2 * kHalves>(input.template rows<kRows>(t),
-                                         half_at<T>(a.panel(panel), 0, first), a.in_features, acc,
-                                         ahead);
+    multiply_panel<T>(a, input, t, panel, first, acc, ahead);
     ready();
     if (a.family == Family::kFactors) {
       expand_own(a, t, panel, first, acc);

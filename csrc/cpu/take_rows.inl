@@ -1,6 +1,25 @@
 // Rows of a matrix by their numbers: an embedding, packed as the vocabulary head or not.
 namespace FSSA_ISA {
 
+// The row of a table that is packed and compressed.
+FSSA_INLINE void take_compressed(const TakeRowsCall& a, int64_t row, BFloat16* y) {
+  const char* panel = static_cast<const char*>(a.table) +
+                      row / kPanelColumns * compressed_panel_bytes(a.header_bytes, a.k);
+  const int64_t lane = row % kPanelColumns;
+  const char* unit = panel + a.header_bytes;
+  for (int64_t i = 0; i < a.k; i += kUnitColumns, unit += kUnitBytes) {
+    for (int64_t j = 0; j < kUnitColumns; ++j) {
+      y[i + j].bits = word_in_unit(panel, unit, j / 2, 2 * lane + j % 2);
+    }
+  }
+  for (const Exception* e = exceptions_of(panel); e->word != kNoWord; ++e) {
+    const int64_t in_pair = e->word % kPairWords;
+    if (in_pair / 2 == lane) {
+      y[e->word / kPairWords * 2 + in_pair % 2].bits = static_cast<uint16_t>(e->bits);
+    }
+  }
+}
+
 template <typename T>
 void take_rows(const TakeRowsCall& a, Team& team) {
   const Range mine = team.share(a.count.get());
@@ -10,6 +29,8 @@ void take_rows(const TakeRowsCall& a, Team& team) {
     if (!a.packed) {
       const T* from = static_cast<const T*>(a.table) + row * a.row_stride;
       for (int64_t i = 0; i < a.k; ++i) y[i] = from[i];
+    } else if (a.header_bytes != 0) {
+      take_compressed(a, row, reinterpret_cast<BFloat16*>(y));
     } else {
       const char* panel = static_cast<const char*>(a.table) +
                           row / kPanelColumns * panel_bytes(a.dtype, a.k);

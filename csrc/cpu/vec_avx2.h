@@ -5,6 +5,8 @@ namespace FSSA_ISA {
 constexpr int kMaxRows = 6, kMaxSums = 6;
 // Whether the others hold both halves of a panel's column, or one after the other.
 constexpr bool kRoomForPanel = false;
+// Whether products read compressed weights.
+constexpr bool kReadsCompressed = false;
 // From so many rows on products of bf16 read x in fp32: fewer wait for the weights, not for the
 // instructions that widen x.
 constexpr int64_t kWidenedRows = 4;

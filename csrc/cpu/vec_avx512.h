@@ -6,11 +6,13 @@ namespace FSSA_ISA {
 constexpr int kMaxRows = 12, kMaxSums = 24;
 // Whether the others hold both halves of a panel's column, or one after the other.
 constexpr bool kRoomForPanel = true;
-// From so many rows on products of bf16 read x in fp32: fewer wait for the weights, not for the
-// instructions that widen x.
+// Whether products read compressed weights. From so many rows on products of bf16 read x in fp32:
+// fewer wait for the weights, not for the instructions that widen x.
 #ifdef FSSA_BF16_DOT
+constexpr bool kReadsCompressed = true;
 constexpr int64_t kWidenedRows = INT64_MAX;
 #else
+constexpr bool kReadsCompressed = false;
 constexpr int64_t kWidenedRows = 4;
 #endif
 
@@ -125,6 +127,31 @@ FSSA_INLINE Pairs broadcast_pair(const BFloat16* p) {
   __builtin_memcpy(&bits, p, sizeof bits);
   return broadcast_bits(bits);
 }
+
+FSSA_INLINE void store_pairs(void* p, Pairs x) { _mm512_storeu_si512(p, x.v); }
+
+#ifdef FSSA_BF16_DOT
+// The sixteen high bytes of compressed words, in each 128-bit lane.
+struct Codebook {
+  __m512i bytes;
+};
+
+FSSA_INLINE Codebook load_codebook(const void* p) {
+  return {_mm512_broadcast_i32x4(_mm_loadu_si128(static_cast<const __m128i*>(p)))};
+}
+
+// Both halves of a column pair of a compressed unit.
+template <int kPair>
+FSSA_INLINE void put_together(const char* unit, Codebook codebook, Pairs (&halves)[2]) {
+  const __m512i low = _mm512_loadu_si512(unit + 64 * kPair);
+  const __m512i both = _mm512_loadu_si512(unit + 128);
+  const __m512i codes = _mm512_and_si512(kPair ? _mm512_srli_epi16(both, 4) : both,
+                                         _mm512_set1_epi32(0x0f0f0f0f));
+  const __m512i high = _mm512_shuffle_epi8(codebook.bytes, codes);
+  halves[0] = {_mm512_unpacklo_epi8(low, high)};
+  halves[1] = {_mm512_unpackhi_epi8(low, high)};
+}
+#endif
 
 FSSA_INLINE Vec low(Pairs p) { return {_mm512_castsi512_ps(_mm512_slli_epi32(p.v, 16))}; }
 

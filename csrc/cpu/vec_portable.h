@@ -6,6 +6,8 @@ namespace FSSA_ISA {
 constexpr int kMaxRows = 4, kMaxSums = 4;
 // Whether the others hold both halves of a panel's column, or one after the other.
 constexpr bool kRoomForPanel = true;
+// Whether products read compressed weights.
+constexpr bool kReadsCompressed = false;
 // From so many rows on products of bf16 read x in fp32.
 constexpr int64_t kWidenedRows = 4;
 

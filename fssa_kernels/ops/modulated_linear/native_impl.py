@@ -43,6 +43,8 @@ def cannot_native(
         if isinstance(matrix, PackedMatrix):
             if matrix.narrow != (name == "lora_a"):
                 return f"{name} was packed with narrow={matrix.narrow}"
+            if matrix.header_bytes and not _reads_compressed():
+                return f"{name} is compressed, which this instruction set does not read"
             if name == "lora_a" and (len(matrix.splits) != 1 or matrix.paired):
                 return (
                     f"lora_a was packed for splits {matrix.splits} with paired={matrix.paired}, "
@@ -130,6 +132,7 @@ def modulated_linear_native(
         x.stride(0),
         DTYPE_CODES[x.dtype],
         packed.data.data_ptr(),
+        packed.header_bytes,
         address(bias),
         _side(shrink),
         _side(expand),
@@ -162,6 +165,10 @@ def modulated_linear_native(
     return y
 
 
+def _reads_compressed() -> bool:
+    return NATIVE is not None and NATIVE.reads_compressed()
+
+
 def _packed(matrix: Tensor | PackedMatrix, splits: Sequence[int], epilogue: str) -> PackedMatrix:
     if isinstance(matrix, PackedMatrix):
         return matrix
@@ -172,12 +179,13 @@ def _memory(matrix: Tensor | PackedMatrix | None) -> Tensor | None:
     return matrix.data if isinstance(matrix, PackedMatrix) else matrix
 
 
-def _side(matrix: Tensor | PackedMatrix | None) -> tuple[int, int, int, int]:
-    """Address, dtype code, stride from row to row, stride from user to user."""
+def _side(matrix: Tensor | PackedMatrix | None) -> tuple[int, int, int, int, int]:
+    """Address, dtype code, stride from row to row and from user to user, bytes of a header."""
     if matrix is None:
-        return 0, 0, 0, 0
+        return 0, 0, 0, 0, 0
     if isinstance(matrix, PackedMatrix):
-        return matrix.data.data_ptr(), DTYPE_CODES[matrix.dtype], 0, 0
-    if matrix.dim() == 3:
-        return matrix.data_ptr(), DTYPE_CODES[matrix.dtype], matrix.stride(1), matrix.stride(0)
-    return matrix.data_ptr(), DTYPE_CODES[matrix.dtype], matrix.stride(0), 0
+        return matrix.data.data_ptr(), DTYPE_CODES[matrix.dtype], 0, 0, matrix.header_bytes
+    rows, users = (
+        (matrix.stride(1), matrix.stride(0)) if matrix.dim() == 3 else (matrix.stride(0), 0)
+    )
+    return matrix.data_ptr(), DTYPE_CODES[matrix.dtype], rows, users, 0

@@ -30,6 +30,7 @@ def take_rows_native(table: Tensor | PackedMatrix, index: Tensor, scale: float) 
         data.data_ptr(),
         DTYPE_CODES[table.dtype],
         isinstance(table, PackedMatrix),
+        table.header_bytes if isinstance(table, PackedMatrix) else 0,
         data.stride(0),
         width,
         num_rows,
