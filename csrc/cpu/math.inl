@@ -13,6 +13,16 @@ FSSA_INLINE void prefetch(const void* p) {
 #endif
 }
 
+// The same for a line that is read once in a long time: it is not worth the place of another in the
+// caches that cores share.
+FSSA_INLINE void prefetch_passing(const void* p) {
+#if defined(__GNUC__)
+  __builtin_prefetch(p, 0, 0);
+#else
+  (void)p;
+#endif
+}
+
 // The same for a line that is going to be written: it is this core's alone once it is there.
 FSSA_INLINE void prefetch_to_write(const void* p) {
 #if defined(__GNUC__)

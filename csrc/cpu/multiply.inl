@@ -6,13 +6,16 @@ namespace FSSA_ISA {
 // What will be read next, brought into the cache while something else is computed: one piece of
 // memory, then those in a queue. A step of the inner loop asks for as much as it reads, or, where
 // several tiles read the same, for half of that: a core that asks for more than the memory brings
-// waits for it, and makes up for nothing while it asks for none.
+// waits for it, and makes up for nothing while it asks for none. The first piece is `passing` where it
+// is a weight read once a step: so what is smaller than the last cache and read in every step too
+// (A, B, keys and values) stays there.
 struct Ahead {
   const char* at;
   const char* end;
   Span* queue;
   Span* queue_end;
   bool halved;
+  bool passing = false;
 };
 
 constexpr int64_t kStepBytes = kPanelColumns * 4;
@@ -23,10 +26,16 @@ FSSA_INLINE void fetch(Ahead& ahead) {
     if (ahead.queue == ahead.queue_end) return;
     ahead.at = ahead.queue->data;
     ahead.end = ahead.at + ahead.queue->bytes;
+    ahead.passing = false;
     ++ahead.queue;
   }
-  FSSA_UNROLL
-  for (int i = 0; i < kBytes; i += 64) prefetch(ahead.at + i);
+  if (ahead.passing) {
+    FSSA_UNROLL
+    for (int i = 0; i < kBytes; i += 64) prefetch_passing(ahead.at + i);
+  } else {
+    FSSA_UNROLL
+    for (int i = 0; i < kBytes; i += 64) prefetch(ahead.at + i);
+  }
   ahead.at += kBytes;
 }
 

@@ -8,8 +8,8 @@ constexpr int64_t kLeadBytes = 10 * 1024;
 constexpr int64_t kBeyondNextBytes = 64 * 1024;
 
 // Where all rows are one tile that takes both halves of a panel at once, a thread's panels are one
-// stretch of memory that is read once, and kLeadBytes ahead of it run the requests, in the end for
-// what the next call reads first. Where a panel is read again and again, by several tiles or half by
+// stretch of memory that is read once and passes, and kLeadBytes ahead of it run the requests, in the
+// end for what the next call reads first. Where a panel is read again and again, by several tiles or half by
 // half, all of that together asks for the next one and, where the low-rank term has steps that ask
 // too, something of the one after it, then for what the queue has.
 class PanelReads {
@@ -34,7 +34,7 @@ class PanelReads {
     if (once_) {
       asked_ = start <= left && left <= next ? left : start;
       const char* const due_now = earlier(start + kLeadBytes, call_.panel(last + 1));
-      for (; asked_ < due_now; asked_ += 64) prefetch(asked_);
+      for (; asked_ < due_now; asked_ += 64) prefetch_passing(asked_);
     } else {
       // Of the panel that the thread begins with comes before all else what the calls before have
       // left, unless that is most of it: then it would be asked for when it is read, and so would
@@ -49,7 +49,7 @@ class PanelReads {
     const bool halved = several_ && asked_ >= call_.panel(panel + 1);
     if (reaches_next_call(panel)) {
       FirstReads& upcoming = team_.upcoming();
-      return {asked_, stop, upcoming.begin(), upcoming.end(), halved};
+      return {asked_, stop, upcoming.begin(), upcoming.end(), halved, once_};
     }
     const char* const from = panel == last_ ? call_.panel(0) : asked_;
     asked_ = panel == last_ ? call_.panel(1)

@@ -1,11 +1,13 @@
 // Walks through the weights of two products, one after the other in every step, as a thread of
 // csrc/cpu does, and notes what is asked for ahead and when it is read. On standard input: rows,
-// columns of x, panels of either product, threads, thread. Prints, of the second step: lines read,
+// columns of x, panels of either product, bytes of a header (0: weights are not compressed), threads,
+// thread. Prints, of the second step: lines read,
 // those not asked for before, requests, and how many bytes were read between a line's request and
 // itself, at least and at most.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <unordered_map>
 #include <vector>
 
@@ -43,6 +45,22 @@ namespace fssa::cpu {
 #include "vec_portable.h"
 #include "math.inl"
 #include "multiply.inl"
+
+// Units are put together by no portable kernel: here they are only read.
+namespace probed {
+bool first_tile = true;
+struct Codebook {};
+Codebook load_codebook(const void*) { return {}; }
+void store_pairs(void*, Pairs) {}
+template <int kPair>
+void put_together(const char* unit, Codebook, Pairs (&)[2]) {
+  if (!first_tile) return;
+  read(unit + 64 * kPair);
+  if (kPair == 1) read(unit + 128);
+}
+}  // namespace probed
+
+#include "compressed.inl"
 #include "low_rank.inl"
 #include "panel_reads.inl"
 
@@ -58,6 +76,16 @@ FirstReads ModulatedLinearCall::first_reads(const Team& team) const {
 
 namespace probed {
 
+// A tile of compressed weights, as the kernels take it: the header, then its units.
+void walk_compressed(const ModulatedLinearCall& call, int64_t panel, Ahead& ahead) {
+  const char* const at = call.panel(panel);
+  for (int64_t i = 0; i < call.header_bytes && first_tile; i += 64) read(at + i);
+  const std::vector<BFloat16> x(call.in_features);
+  Vec acc[1][2] = {};
+  accumulate_compressed(SpacedRows<1, BFloat16>(x.data(), 0), at, call.header_bytes,
+                        call.in_features, acc, ahead);
+}
+
 // What a thread reads of one product, and asks for, tile by tile. Up to three rows in steps of one
 // column pair, more of them in steps of four, as `accumulate` takes them.
 void walk(const ModulatedLinearCall& call, Team& team) {
@@ -69,6 +97,11 @@ void walk(const ModulatedLinearCall& call, Team& team) {
   for (int64_t panel = mine.first; panel < mine.last; ++panel) {
     Ahead ahead = reads.of(panel);
     for (int64_t tile = 0; tile < tiles; ++tile) {
+      first_tile = tile == 0;
+      if (call.header_bytes != 0) {
+        walk_compressed(call, panel, ahead);
+        continue;
+      }
       for (int first = 0; first < 2; first += both_halves ? 2 : 1) {
         for (int64_t pair = 0; pair < call.in_features / 2; ++pair) {
           const char* const at = call.panel(panel) + pair * kStepBytes;
@@ -99,9 +132,9 @@ void walk(const ModulatedLinearCall& call, Team& team) {
 
 int main() {
   using namespace fssa::cpu;
-  long rows, columns, panels[2], threads, thread;
-  if (std::scanf("%ld %ld %ld %ld %ld %ld", &rows, &columns, panels, panels + 1, &threads,
-                 &thread) != 6) {
+  long rows, columns, panels[2], header_bytes, threads, thread;
+  if (std::scanf("%ld %ld %ld %ld %ld %ld %ld", &rows, &columns, panels, panels + 1,
+                 &header_bytes, &threads, &thread) != 7) {
     return 1;
   }
   ModulatedLinearCall calls[2];
@@ -110,8 +143,13 @@ int main() {
     calls[i].in_features = columns;
     calls[i].num_halves = 2 * panels[i];
     calls[i].count.fixed = rows;
-    // Nothing is read but addresses.
+    calls[i].header_bytes = header_bytes;
+    // Nothing is read but addresses, and the headers' exceptions, of which there are none.
     calls[i].weight = reinterpret_cast<const void*>(uintptr_t(i + 1) << 40);
+    if (header_bytes != 0) {
+      const size_t bytes = panels[i] * calls[i].panel_bytes();
+      calls[i].weight = std::memset(std::aligned_alloc(64, bytes), 0xff, bytes);
+    }
   }
   Team team(static_cast<int>(thread), static_cast<int>(threads), nullptr, nullptr);
   long before = 0;
