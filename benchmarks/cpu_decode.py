@@ -187,7 +187,7 @@ def _rate(timing: Any) -> float:
 
 def summarise(raw: dict[str, Any], ours: Ours, context: int) -> dict[str, Any]:
     """Medians, and ratios of samples of the same round."""
-    summary: dict[str, Any] = {"decode": {}, "prefill": {}}
+    summary: dict[str, Any] = {"weight_bytes": ours.weight_bytes(), "decode": {}, "prefill": {}}
     for batch, samples in raw["decode"].items():
         rows = {name: {"tokens_per_s": statistics.median(v)} for name, v in samples.items()}
         for name in rows:

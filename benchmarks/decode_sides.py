@@ -90,7 +90,7 @@ class Ours:
         config = self.model.decoder.config
         total = sum(weight.num_bytes for weight in self._weights())
         if row != "base only":
-            total += sum(2 * factor.numel() for factor in self._factors())
+            total += sum(factor.num_bytes for factor in self._factors())
         kv = 2 * 2 * config.num_layers * config.num_kv_heads * config.head_dim
         return total + batch * context * kv
 
@@ -100,12 +100,24 @@ class Ours:
         total = sum(2 * math.prod(weight.shape) for weight in self._weights())
         total += 4 * context * config.num_layers * config.num_heads * config.head_dim
         if row != "base only":
-            total += sum(2 * factor.numel() for factor in self._factors())
+            total += sum(2 * math.prod(factor.shape) for factor in self._factors())
         return total
 
-    def _factors(self) -> list[torch.Tensor]:
-        groups = (self.modulator.lora_a, self.modulator.lora_b)
-        return [factor for group in groups for factor in group.values()]
+    def weight_bytes(self) -> dict[str, int]:
+        """Of the weights that every step reads whole, as they are kept and in a checkpoint."""
+        return {
+            "kept": sum(weight.num_bytes for weight in self._weights()),
+            "checkpoint": sum(
+                math.prod(weight.shape) * weight.dtype.itemsize for weight in self._weights()
+            ),
+        }
+
+    def _factors(self) -> list[Any]:
+        """A and B of every linear, packed."""
+        modulation = self.engines["all distinct"].runner.modulation
+        assert modulation is not None
+        terms = [term for layer in modulation.linears for term in layer.values()]
+        return [factor for term in terms for factor in (term.lora_a, term.lora_b)]
 
     def _weights(self) -> list[Any]:
         """The packed matrices that every step reads whole."""

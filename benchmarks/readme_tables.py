@@ -370,6 +370,12 @@ def cpu_decode(file: str = "decode.json") -> str:
         "GB/s in the median; the ratios are taken round by round), every row another user uses "
         f"{', '.join(shares)}.",
     ]
+    weights = result["summary"].get("weight_bytes")
+    if weights is not None and weights["kept"] < weights["checkpoint"]:
+        lines[-1] += (
+            " Its weights lie in memory compressed, to the bit: "
+            f"{weights['kept'] / weights['checkpoint']:.0%} of their bytes in the checkpoint."
+        )
     return "\n".join(lines)
 
 

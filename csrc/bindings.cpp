@@ -367,22 +367,23 @@ PYBIND11_MODULE(_native, m) {
   m.def("compressed_panel_bytes", &compressed_panel_bytes);
   m.def(
       "compressed_header_bytes",
-      [](Address packed, int64_t num_panels, int64_t k, int num_threads) {
-        return compressed_header_bytes(in<void>(packed), num_panels, k, num_threads);
+      [](Address packed, int64_t num_panels, int64_t num_words, int num_threads) {
+        return compressed_header_bytes(in<void>(packed), num_panels, num_words, num_threads);
       },
       NoGil());
   m.def(
       "compress_panels",
-      [](Address to, Address packed, int64_t num_panels, int64_t k, int64_t header_bytes,
+      [](Address to, Address packed, int64_t num_panels, int64_t num_words, int64_t header_bytes,
          int num_threads) {
-        compress_panels(out<void>(to), in<void>(packed), num_panels, k, header_bytes, num_threads);
+        compress_panels(out<void>(to), in<void>(packed), num_panels, num_words, header_bytes,
+                        num_threads);
       },
       NoGil());
   m.def(
       "decompress_panels",
-      [](Address to, Address compressed, int64_t num_panels, int64_t k, int64_t header_bytes,
-         int num_threads) {
-        decompress_panels(out<void>(to), in<void>(compressed), num_panels, k, header_bytes,
+      [](Address to, Address compressed, int64_t num_panels, int64_t num_words,
+         int64_t header_bytes, int num_threads) {
+        decompress_panels(out<void>(to), in<void>(compressed), num_panels, num_words, header_bytes,
                           num_threads);
       },
       NoGil());

@@ -70,11 +70,12 @@ class PackedMatrix:
         panels = self.data
         if self.header_bytes:
             panels = _memory(len(self.halves) * _half_bytes(self.dtype, self.shape[1]), None)
+            num_panels = len(self.halves) // (1 if self.narrow else 2)
             NATIVE.decompress_panels(
                 panels.data_ptr(),
                 self.data.data_ptr(),
-                len(self.halves) // 2,
-                self.shape[1],
+                num_panels,
+                panels.numel() // (2 * num_panels),
                 self.header_bytes,
                 torch.get_num_threads(),
             )
@@ -129,8 +130,8 @@ def pack_matrix(
         paired: the two projections, equally large, will be multiplied in an epilogue.
         narrow: what the factor A wants, and nothing else.
         compress: whether panels are compressed where that makes them smaller, which takes bfloat16,
-            wide panels, K a multiple of 4 and numbers of few magnitudes; None: where the
-            instruction set in use reads them so.
+            K a multiple of 4 (8 where they are narrow) and numbers of few magnitudes; None: where
+            the instruction set in use reads them so.
         arena: where to put it, side by side with others; None for memory of its own.
 
     Raises TypeError for a dtype, ValueError for a shape, device or splits that do not fit, and
@@ -154,7 +155,7 @@ def pack_matrix(
     num_bytes = len(halves) * _half_bytes(matrix.dtype, width)
     if compress is None:
         compress = NATIVE.reads_compressed()
-    compress = compress and matrix.dtype == torch.bfloat16 and not narrow
+    compress = compress and matrix.dtype == torch.bfloat16 and width % (8 if narrow else 4) == 0
     # What is going to be compressed is laid out somewhere else first.
     data = _memory(num_bytes, None if compress else arena)
     NATIVE.pack_matrix(
@@ -170,24 +171,23 @@ def pack_matrix(
     )
     header_bytes = 0
     if compress:
-        data, header_bytes = _compressed(data, len(halves) // 2, width, arena)
+        panels = len(halves) if narrow else len(halves) // 2
+        data, header_bytes = _compressed(data, panels, arena)
     return PackedMatrix(
         (num_rows, width), matrix.dtype, tuple(sizes), paired, narrow, data, halves, header_bytes
     )
 
 
-def _compressed(
-    panels: Tensor, num_panels: int, width: int, arena: PackArena | None
-) -> tuple[Tensor, int]:
+def _compressed(panels: Tensor, num_panels: int, arena: PackArena | None) -> tuple[Tensor, int]:
     """The panels compressed and the bytes of a header, or as they are and 0: what is better."""
     assert NATIVE is not None
-    threads = torch.get_num_threads()
-    header_bytes = NATIVE.compressed_header_bytes(panels.data_ptr(), num_panels, width, threads)
+    threads, num_words = torch.get_num_threads(), panels.numel() // (2 * max(1, num_panels))
+    header_bytes = NATIVE.compressed_header_bytes(panels.data_ptr(), num_panels, num_words, threads)
     if not header_bytes:
         return (panels if arena is None else arena.take(panels.numel()).copy_(panels)), 0
-    data = _memory(num_panels * NATIVE.compressed_panel_bytes(header_bytes, width), arena)
+    data = _memory(num_panels * NATIVE.compressed_panel_bytes(header_bytes, num_words), arena)
     NATIVE.compress_panels(
-        data.data_ptr(), panels.data_ptr(), num_panels, width, header_bytes, threads
+        data.data_ptr(), panels.data_ptr(), num_panels, num_words, header_bytes, threads
     )
     return data, header_bytes
 

@@ -13,9 +13,7 @@ namespace {
 
 constexpr int64_t kLine = 64;
 // What a panel takes besides its units is small from here on.
-constexpr int64_t kMinColumns = 64;
-
-int64_t words_of(int64_t k) { return k / kUnitColumns * kUnitWords; }
+constexpr int64_t kMinWords = 2048;
 
 // The sixteen most frequent high bytes of a panel, and the number of words that have none of them.
 struct Codebook {
@@ -52,15 +50,15 @@ void compress(char* panel, const uint16_t* words, int64_t count, int64_t header_
   auto* const headers_end = reinterpret_cast<Exception*>(panel + header_bytes);
   uint8_t* unit = reinterpret_cast<uint8_t*>(panel + header_bytes);
   for (int64_t first = 0; first < count; first += kUnitWords, unit += kUnitBytes) {
-    for (int64_t i = 0; i < kPairWords; ++i) {
+    for (int64_t i = 0; i < kGroupWords; ++i) {
       int both = 0;
-      for (int64_t pair = 0; pair < 2; ++pair) {
-        const int64_t word = first + pair * kPairWords + i;
-        unit[pair * kPairWords + byte_of(i)] = static_cast<uint8_t>(words[word]);
+      for (int64_t group = 0; group < 2; ++group) {
+        const int64_t word = first + group * kGroupWords + i;
+        unit[group * kGroupWords + byte_of(i)] = static_cast<uint8_t>(words[word]);
         const int code = codes[words[word] >> 8];
-        both |= std::max(code, 0) << (4 * pair);
+        both |= std::max(code, 0) << (4 * group);
       }
-      unit[2 * kPairWords + byte_of(i)] = static_cast<uint8_t>(both);
+      unit[2 * kGroupWords + byte_of(i)] = static_cast<uint8_t>(both);
     }
     for (int64_t word = first; word < first + kUnitWords; ++word) {
       if (codes[words[word] >> 8] < 0) *exception++ = {static_cast<uint32_t>(word), words[word]};
@@ -72,8 +70,8 @@ void compress(char* panel, const uint16_t* words, int64_t count, int64_t header_
 void decompress(uint16_t* words, const char* panel, int64_t count, int64_t header_bytes) {
   for (int64_t word = 0; word < count; ++word) {
     const char* const unit = panel + header_bytes + word / kUnitWords * kUnitBytes;
-    const int64_t pair = word % kUnitWords / kPairWords;
-    words[word] = word_in_unit(panel, unit, pair, word % kPairWords);
+    const int64_t group = word % kUnitWords / kGroupWords;
+    words[word] = word_in_unit(panel, unit, group, word % kGroupWords);
   }
   for (const Exception* e = exceptions_of(panel); e->word != kNoWord; ++e) {
     words[e->word] = static_cast<uint16_t>(e->bits);
@@ -91,37 +89,36 @@ void for_each_panel(int64_t num_panels, int num_threads, const Each& each) {
 
 }  // namespace
 
-int64_t compressed_header_bytes(const void* packed, int64_t num_panels, int64_t k,
+int64_t compressed_header_bytes(const void* packed, int64_t num_panels, int64_t num_words,
                                 int num_threads) {
-  if (num_panels == 0 || k < kMinColumns || k % kUnitColumns != 0) return 0;
-  const int64_t count = words_of(k), num_units = count / kUnitWords;
-  if (count > static_cast<int64_t>(kNoWord)) return 0;
+  if (num_panels == 0 || num_words < kMinWords || num_words % kUnitWords != 0) return 0;
+  if (num_words > static_cast<int64_t>(kNoWord)) return 0;
   std::vector<int64_t> exceptions(num_panels);
   for_each_panel(num_panels, num_threads, [&](int64_t panel) {
-    exceptions[panel] =
-        Codebook(static_cast<const uint16_t*>(packed) + panel * count, count).num_exceptions;
+    const auto* const words = static_cast<const uint16_t*>(packed) + panel * num_words;
+    exceptions[panel] = Codebook(words, num_words).num_exceptions;
   });
   const int64_t all = std::accumulate(exceptions.begin(), exceptions.end(), int64_t{0});
   const int64_t header = header_bytes_for(*std::max_element(exceptions.begin(), exceptions.end()));
-  const bool is_small = 8 * compressed_panel_bytes(header, k) <= 7 * 2 * count;
-  return is_small && 16 * all <= num_panels * num_units ? header : 0;
+  const bool is_small = 8 * compressed_panel_bytes(header, num_words) <= 7 * 2 * num_words;
+  return is_small && 16 * all <= num_panels * (num_words / kUnitWords) ? header : 0;
 }
 
-void compress_panels(void* out, const void* packed, int64_t num_panels, int64_t k,
+void compress_panels(void* out, const void* packed, int64_t num_panels, int64_t num_words,
                      int64_t header_bytes, int num_threads) {
-  const int64_t count = words_of(k), bytes = compressed_panel_bytes(header_bytes, k);
+  const int64_t bytes = compressed_panel_bytes(header_bytes, num_words);
   for_each_panel(num_panels, num_threads, [&](int64_t panel) {
     compress(static_cast<char*>(out) + panel * bytes,
-             static_cast<const uint16_t*>(packed) + panel * count, count, header_bytes);
+             static_cast<const uint16_t*>(packed) + panel * num_words, num_words, header_bytes);
   });
 }
 
-void decompress_panels(void* packed, const void* compressed, int64_t num_panels, int64_t k,
-                       int64_t header_bytes, int num_threads) {
-  const int64_t count = words_of(k), bytes = compressed_panel_bytes(header_bytes, k);
+void decompress_panels(void* packed, const void* compressed, int64_t num_panels,
+                       int64_t num_words, int64_t header_bytes, int num_threads) {
+  const int64_t bytes = compressed_panel_bytes(header_bytes, num_words);
   for_each_panel(num_panels, num_threads, [&](int64_t panel) {
-    decompress(static_cast<uint16_t*>(packed) + panel * count,
-               static_cast<const char*>(compressed) + panel * bytes, count, header_bytes);
+    decompress(static_cast<uint16_t*>(packed) + panel * num_words,
+               static_cast<const char*>(compressed) + panel * bytes, num_words, header_bytes);
   });
 }
 

@@ -59,6 +59,20 @@ FSSA_INLINE void store_low_rank(const ModulatedLinearCall& a, int64_t at, Vec v,
   }
 }
 
+// acc += x A^T for kRows rows and one half of A.
+template <typename A, int kRows, typename X>
+FSSA_INLINE void multiply_shrink(const ModulatedLinearCall& a, const SpacedRows<kRows, X>& x,
+                                 int64_t half, Vec (&acc)[kRows][1], Ahead& ahead) {
+  const char* panel = a.shrink_panel(half);
+  if constexpr (kReadsCompressed && sizeof(A) == 2 && sizeof(X) == 2) {
+    if (a.lora_a.header_bytes != 0) {
+      accumulate_compressed(x, panel, a.lora_a.header_bytes, a.in_features, acc, ahead);
+      return;
+    }
+  }
+  accumulate<kStepBytes / 2>(x, packed_at<A>(panel, 0), a.in_features, acc, ahead, kHalfColumns);
+}
+
 // v = A x, times g for gated. For core u = A x in fp32, which `mix` turns into v.
 //
 // Rows [t, t + kRows), 16 columns of A.
@@ -73,10 +87,7 @@ FSSA_NOINLINE void shrink_tile(const ModulatedLinearCall& a, const Input<X>& inp
   if (a.family == Family::kGated) {
     for (int r = 0; r < kRows; ++r) prefetch(a.user_row(t + r, first));
   }
-  const A* columns =
-      packed_at<A>(a.lora_a.data, half * half_bytes(a.lora_a.dtype, a.in_features));
-  accumulate<kStepBytes / 2>(input.template rows<kRows>(t), columns, a.in_features, acc, ahead,
-                             kHalfColumns);
+  multiply_shrink<A>(a, input.template rows<kRows>(t), half, acc, ahead);
   brought = ahead;
   // In memory: the loop over them is too long to be unrolled.
   Vec sums[kRows];

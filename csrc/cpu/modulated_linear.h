@@ -32,9 +32,10 @@ inline int64_t half_bytes(DType dtype, int64_t k) {
   return (dtype == DType::kFloat32 ? k : (k + 1) / 2) * kHalfColumns * 4;
 }
 
-// Of one that is compressed where `header_bytes` is not 0.
-inline int64_t panel_bytes(DType dtype, int64_t k, int64_t header_bytes = 0) {
-  return header_bytes != 0 ? compressed_panel_bytes(header_bytes, k) : 2 * half_bytes(dtype, k);
+// Of a panel of so many halves, which is compressed where `header_bytes` is not 0.
+inline int64_t panel_bytes(DType dtype, int64_t k, int64_t header_bytes = 0, int64_t halves = 2) {
+  return header_bytes != 0 ? compressed_panel_bytes(header_bytes, halves * kHalfColumns * k)
+                           : halves * half_bytes(dtype, k);
 }
 
 // How a matrix [*, K] lies in panels of `panel_halves` halves.
@@ -110,10 +111,18 @@ struct ModulatedLinearCall final : Call {
 
   int64_t width() const { return num_splits * rank; }
   int64_t num_panels() const { return num_halves / 2; }
-  bool compressed() const { return header_bytes != 0 || lora_b.header_bytes != 0; }
+  bool compressed() const {
+    return header_bytes != 0 || lora_a.header_bytes != 0 || lora_b.header_bytes != 0;
+  }
   int64_t panel_bytes() const { return cpu::panel_bytes(dtype, in_features, header_bytes); }
   const char* panel(int64_t index) const {
     return static_cast<const char*>(weight) + index * panel_bytes();
+  }
+  int64_t shrink_bytes() const {
+    return cpu::panel_bytes(lora_a.dtype, in_features, lora_a.header_bytes, 1);
+  }
+  const char* shrink_panel(int64_t half) const {
+    return static_cast<const char*>(lora_a.data) + half * shrink_bytes();
   }
   int64_t expand_bytes() const {
     return cpu::panel_bytes(lora_b.dtype, rank, lora_b.header_bytes);
@@ -123,8 +132,7 @@ struct ModulatedLinearCall final : Call {
   }
   int64_t shrink_halves() const { return (width() + kHalfColumns - 1) / kHalfColumns; }
   Span shrink_span(int64_t first, int64_t num) const {
-    const int64_t bytes = half_bytes(lora_a.dtype, in_features);
-    return {static_cast<const char*>(lora_a.data) + first * bytes, num * bytes};
+    return {shrink_panel(first), num * shrink_bytes()};
   }
   // Where in its user's row the modulation of row t has the number `index`.
   const void* user_row(int64_t t, int64_t index) const {

@@ -4,18 +4,19 @@ namespace FSSA_ISA {
 // The row of a table that is packed and compressed.
 FSSA_INLINE void take_compressed(const TakeRowsCall& a, int64_t row, BFloat16* y) {
   const char* panel = static_cast<const char*>(a.table) +
-                      row / kPanelColumns * compressed_panel_bytes(a.header_bytes, a.k);
+                      row / kPanelColumns * panel_bytes(a.dtype, a.k, a.header_bytes);
   const int64_t lane = row % kPanelColumns;
   const char* unit = panel + a.header_bytes;
-  for (int64_t i = 0; i < a.k; i += kUnitColumns, unit += kUnitBytes) {
-    for (int64_t j = 0; j < kUnitColumns; ++j) {
+  constexpr int64_t kColumns = kUnitWords / kPanelColumns;
+  for (int64_t i = 0; i < a.k; i += kColumns, unit += kUnitBytes) {
+    for (int64_t j = 0; j < kColumns; ++j) {
       y[i + j].bits = word_in_unit(panel, unit, j / 2, 2 * lane + j % 2);
     }
   }
   for (const Exception* e = exceptions_of(panel); e->word != kNoWord; ++e) {
-    const int64_t in_pair = e->word % kPairWords;
+    const int64_t in_pair = e->word % kGroupWords;
     if (in_pair / 2 == lane) {
-      y[e->word / kPairWords * 2 + in_pair % 2].bits = static_cast<uint16_t>(e->bits);
+      y[e->word / kGroupWords * 2 + in_pair % 2].bits = static_cast<uint16_t>(e->bits);
     }
   }
 }

@@ -140,16 +140,16 @@ FSSA_INLINE Codebook load_codebook(const void* p) {
   return {_mm512_broadcast_i32x4(_mm_loadu_si128(static_cast<const __m128i*>(p)))};
 }
 
-// Both halves of a column pair of a compressed unit.
-template <int kPair>
-FSSA_INLINE void put_together(const char* unit, Codebook codebook, Pairs (&halves)[2]) {
-  const __m512i low = _mm512_loadu_si512(unit + 64 * kPair);
+// One of the two groups of words of a compressed unit.
+template <int kGroup>
+FSSA_INLINE void put_together(const char* unit, Codebook codebook, Pairs (&group)[2]) {
+  const __m512i low = _mm512_loadu_si512(unit + 64 * kGroup);
   const __m512i both = _mm512_loadu_si512(unit + 128);
-  const __m512i codes = _mm512_and_si512(kPair ? _mm512_srli_epi16(both, 4) : both,
+  const __m512i codes = _mm512_and_si512(kGroup ? _mm512_srli_epi16(both, 4) : both,
                                          _mm512_set1_epi32(0x0f0f0f0f));
   const __m512i high = _mm512_shuffle_epi8(codebook.bytes, codes);
-  halves[0] = {_mm512_unpacklo_epi8(low, high)};
-  halves[1] = {_mm512_unpackhi_epi8(low, high)};
+  group[0] = {_mm512_unpacklo_epi8(low, high)};
+  group[1] = {_mm512_unpackhi_epi8(low, high)};
 }
 #endif
 

@@ -99,7 +99,12 @@ def test_the_limits_count_what_a_step_reads_and_multiplies(ours: Ours) -> None:
     assert ours.token_flop("all distinct", 0) == 2 * weights + 2 * factors
     assert ours.token_flop("one user", 10) - ours.token_flop("one user", 0) == 4 * 10 * 3 * 48
     assert ours.step_bytes("base only", 1, 0) >= 2 * weights
-    assert ours.step_bytes("all distinct", 1, 0) - ours.step_bytes("base only", 1, 0) == 2 * factors
+    of_factors = ours.step_bytes("all distinct", 1, 0) - ours.step_bytes("base only", 1, 0)
+    assert (
+        2 * factors <= of_factors <= 2.2 * factors
+    )  # halves of 16 columns, of which some are less
+    assert ours.weight_bytes()["checkpoint"] == 2 * weights
+    assert ours.weight_bytes()["kept"] == ours.step_bytes("base only", 1, 0)
     assert ours.step_bytes("one user", 3, 10) - ours.step_bytes("one user", 3, 0) == (
         3 * 10 * layers * 2 * kv * 2
     )
@@ -225,6 +230,9 @@ class FakeOurs:
 
     def token_flop(self, row: str, context: int) -> int:
         return 2_000_000
+
+    def weight_bytes(self) -> dict[str, int]:
+        return {"kept": 3_000_000, "checkpoint": 4_000_000}
 
 
 class FailingPeer:
