@@ -37,6 +37,11 @@ def weights(num_rows, width, seed=0):
     return (torch.randn(num_rows, width, generator=generator) * width**-0.5).bfloat16()
 
 
+def with_rare(matrix, count):
+    matrix[0, :count] = 10.0 ** -torch.arange(20, 20 + count)
+    return matrix
+
+
 def bits(tensor):
     return tensor.contiguous().view(torch.int16)
 
@@ -90,6 +95,7 @@ def test_compression_is_undone_to_the_bit(splits, paired, narrow, units, rare, s
         (weights(64, 60), {}),
         (weights(64, 120), dict(narrow=True)),
         (weights(0, 128), {}),
+        (with_rare(weights(32, 128), 6), {}),
         (torch.randint(-(2**15), 2**15, (64, 128)).short().view(torch.bfloat16), {}),
     ],
     ids=[
@@ -100,6 +106,7 @@ def test_compression_is_undone_to_the_bit(splits, paired, narrow, units, rare, s
         "short",
         "short and narrow",
         "empty",
+        "six exceptions in 32 units",
         "any magnitude",
     ],
 )
@@ -237,10 +244,14 @@ def test_another_instruction_set_says_what_it_does_not_read():
 
 @pytest.mark.usefixtures("reads_compressed")
 def test_a_graph_of_compressed_weights_is_not_replayed_on_another_instruction_set():
-    x, weight = torch.randn(3, 128).bfloat16(), pack_matrix(weights(64, 128))
-    graph = StepGraph.record(lambda _: modulated_linear(x, weight), {"tokens": (x,)})
+    x = torch.randn(3, 128).bfloat16()
+    plain, compressed = both(weights(64, 128))
+    graph = StepGraph.record(
+        lambda _: [modulated_linear(x, weight) for weight in (plain, compressed)], {"tokens": (x,)}
+    )
     NATIVE.set_instruction_set("portable")
-    before = graph.outputs.clone()
+    before = [output.clone() for output in graph.outputs]
     with pytest.raises(ValueError, match="expected matrices that are not compressed for portable"):
         graph.replay(tokens=3)
-    assert torch.equal(bits(graph.outputs), bits(before))
+    for output, unchanged in zip(graph.outputs, before, strict=True):
+        assert torch.equal(bits(output), bits(unchanged))
