@@ -1,6 +1,7 @@
 """The modulated linear on the CPU in C++ (csrc/cpu/modulated_linear.h): support and calls."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -117,7 +118,7 @@ def modulated_linear_native(
         rank, num_users = lora_b.shape[-1], lora_a.shape[0]
         low_rank = empty(x, (num_tokens, len(splits) * rank), torch.float32)
     elif lora_a is not None and lora_b is not None:
-        shrink = lora_a if isinstance(lora_a, PackedMatrix) else pack_matrix(lora_a, narrow=True)
+        shrink = lora_a if isinstance(lora_a, PackedMatrix) else _pack(lora_a, narrow=True)
         expand = _packed(lora_b, splits, epilogue)
         rank, num_users = expand.shape[1], 0 if rows is None else rows.shape[0]
         low_rank = empty(x, (num_tokens, len(splits) * rank), torch.float32)
@@ -172,7 +173,12 @@ def _reads_compressed() -> bool:
 def _packed(matrix: Tensor | PackedMatrix, splits: Sequence[int], epilogue: str) -> PackedMatrix:
     if isinstance(matrix, PackedMatrix):
         return matrix
-    return pack_matrix(matrix, splits=splits, paired=epilogue != "none")
+    return _pack(matrix, splits=splits, paired=epilogue != "none")
+
+
+def _pack(matrix: Tensor, **layout: Any) -> PackedMatrix:
+    """For one call: compressing takes longer than reading what it saves."""
+    return pack_matrix(matrix, compress=False, **layout)
 
 
 def _memory(matrix: Tensor | PackedMatrix | None) -> Tensor | None:
