@@ -47,7 +47,7 @@ void compress(char* panel, const uint16_t* words, int64_t count, int64_t header_
   for (int i = 0; i < kCodebookBytes; ++i) codes[codebook.bytes[i]] = i;
   std::memcpy(panel, codebook.bytes.data(), kCodebookBytes);
   auto* exception = reinterpret_cast<Exception*>(panel + kCodebookBytes);
-  auto* const headers_end = reinterpret_cast<Exception*>(panel + header_bytes);
+  auto* const header_end = reinterpret_cast<Exception*>(panel + header_bytes);
   uint8_t* unit = reinterpret_cast<uint8_t*>(panel + header_bytes);
   for (int64_t first = 0; first < count; first += kUnitWords, unit += kUnitBytes) {
     for (int64_t i = 0; i < kGroupWords; ++i) {
@@ -64,7 +64,7 @@ void compress(char* panel, const uint16_t* words, int64_t count, int64_t header_
       if (codes[words[word] >> 8] < 0) *exception++ = {static_cast<uint32_t>(word), words[word]};
     }
   }
-  std::fill(exception, headers_end, Exception{kNoWord, 0});
+  std::fill(exception, header_end, Exception{kNoWord, 0});
 }
 
 void decompress(uint16_t* words, const char* panel, int64_t count, int64_t header_bytes) {

@@ -62,9 +62,9 @@ struct TakeRowsCall final : Call {
   DType dtype = DType::kFloat32;
   bool packed = false;
   int64_t header_bytes = 0;  // of compressed panels, 0 where they are not
-  int64_t row_stride = 0;  // of a table that is not packed
+  int64_t row_stride = 0;    // of a table that is not packed
   int64_t k = 0;
-  int64_t num_rows = 0;  // of the table
+  int64_t num_rows = 0;      // of the table
   const int32_t* index = nullptr;
   float scale = 1.0f;
   RowCount count;
@@ -77,8 +77,8 @@ struct TakeRowsCall final : Call {
 struct SideMatrix {
   const void* data = nullptr;
   DType dtype = DType::kFloat32;
-  int64_t stride = 0;       // from row to row, elements
-  int64_t user_stride = 0;  // from user to user, elements: factors only
+  int64_t stride = 0;        // from row to row, elements
+  int64_t user_stride = 0;   // from user to user, elements: factors only
   int64_t header_bytes = 0;  // of compressed panels, 0 where they are not
 };
 

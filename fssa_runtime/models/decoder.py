@@ -239,8 +239,9 @@ class Decoder(nn.Module):
     def pack(self) -> None:
         """Lay the weights of all linears out for the native kernels, in place of the tensors.
 
-        The decoder computes the same without a gradient, from weights that take as much memory. A
-        decoder that is packed already stays as it is.
+        The decoder computes the same without a gradient, from weights that take as much memory, or
+        less where they are compressed (`pack_matrix`). A decoder that is packed already stays as it
+        is.
         """
         if isinstance(self.lm_head, PackedMatrix):
             return
