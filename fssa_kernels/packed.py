@@ -6,8 +6,8 @@ reads two whole vector registers:
     fp32  [panel][K][32]          bf16  [panel][K/2][32][2]  (odd K padded by a zero)
 
 Panels of bf16 may be compressed to three quarters, to the bit (csrc/cpu/compressed.h): the sixteen
-most frequent high bytes of a panel take four bits each. Some instruction sets read them so at no
-cost, and what is shorter comes from memory sooner.
+most frequent high bytes of a panel take four bits each. What is shorter comes from memory sooner;
+the products of some instruction sets read panels so.
 
 The factor A of a low-rank term has few columns and lies in narrow panels of one half each.
 
@@ -130,8 +130,8 @@ def pack_matrix(
         paired: the two projections, equally large, will be multiplied in an epilogue.
         narrow: what the factor A wants, and nothing else.
         compress: whether panels are compressed where that makes them smaller, which takes bfloat16,
-            K a multiple of 4 (8 where they are narrow) and numbers of few magnitudes; None: where
-            the instruction set in use reads them so.
+            K a multiple of 4 and at least 64 (twice as much where they are narrow) and numbers of
+            few magnitudes; None: where the instruction set in use reads them so.
         arena: where to put it, side by side with others; None for memory of its own.
 
     Raises TypeError for a dtype, ValueError for a shape, device or splits that do not fit, and
