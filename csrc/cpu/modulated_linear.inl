@@ -57,8 +57,8 @@ FSSA_INLINE void multiply_panel(const ModulatedLinearCall& a, const Input<X>& in
 
 // Rows [t, t + kRows) of one panel, from the product to the stored result, as many halves at a time
 // as the registers hold sums of. `ready` is called once the product is done and before the low-rank
-// term is needed; `brought` goes on in both. Sums are named by constants alone, in loops that are
-// unrolled: so they stay in registers.
+// term is needed. Sums are named by constants alone, in loops that are unrolled: so they stay in
+// registers.
 template <int kRows, typename T, typename X, typename Ready>
 FSSA_NOINLINE void tile(const ModulatedLinearCall& a, const Input<X>& input, int64_t t,
                         int64_t panel, const Ready& ready, Ahead& brought) {
@@ -80,9 +80,9 @@ FSSA_NOINLINE void tile(const ModulatedLinearCall& a, const Input<X>& input, int
       expand_own(a, t, panel, first, acc);
     } else if (a.family != Family::kNone) {
       if (a.lora_b.dtype == DType::kFloat32) {
-        expand_packed<kRows, kHalves, float, float>(a, t, panel, first, acc, ahead);
+        expand_packed<kRows, kHalves, float, float>(a, t, panel, first, acc);
       } else {
-        expand_packed<kRows, kHalves, X, BFloat16>(a, t, panel, first, acc, ahead);
+        expand_packed<kRows, kHalves, X, BFloat16>(a, t, panel, first, acc);
       }
     }
     const Half* halves = a.halves + 2 * panel + first;

@@ -9,9 +9,9 @@ constexpr int64_t kBeyondNextBytes = 64 * 1024;
 
 // Where all rows are one tile that takes both halves of a panel at once, a thread's panels are one
 // stretch of memory that is read once and passes, and kLeadBytes ahead of it run the requests, in the
-// end for what the next call reads first. Where a panel is read again and again, by several tiles or half by
-// half, all of that together asks for the next one and, where the low-rank term has steps that ask
-// too, something of the one after it, then for what the queue has.
+// end for what the next call reads first. Where a panel is read again and again, by several tiles or
+// half by half, all of that together asks for the next one and, where tiles are more than two, for
+// something of the one after it, then for what the queue has.
 class PanelReads {
  public:
   FSSA_INLINE_MEMBER PanelReads(const ModulatedLinearCall& call, Team& team, int64_t num_tokens)
