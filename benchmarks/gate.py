@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import fssa_kernels
-from fssa_kernels.testing import WRITTEN, Inputs, OpCase
+from fssa_kernels.testing import Inputs, OpCase, written
 
 # Errors below this are luck: units in the last place of the largest value, or of one.
 FLOOR = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2**-9, torch.float16: 2**-12}
@@ -42,12 +42,12 @@ class Judgement:
 
 def outputs(op: str, inputs: Inputs, backend: str) -> tuple[Tensor, ...]:
     """All a call makes: what it returns, and what it writes, on copies of that."""
-    written = WRITTEN.get(op, ())
-    inputs = {name: _copy(v) if name in written else v for name, v in inputs.items()}
+    names = written(op)
+    inputs = {name: _copy(v) if name in names else v for name, v in inputs.items()}
     result = getattr(fssa_kernels, op)(**inputs, backend=backend)
     if not isinstance(result, tuple):
         result = () if result is None else (result,)
-    return (*result, *(inputs[name] for name in written))
+    return (*result, *(inputs[name] for name in names))
 
 
 def widened(op: str, inputs: Inputs) -> Inputs:

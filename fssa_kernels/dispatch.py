@@ -55,10 +55,12 @@ class Verdict:
 
 @dataclass(frozen=True)
 class OpEntry:
-    """What dispatch knows of an op: how its arguments are checked, and its backends in order."""
+    """What is known of an op: how its arguments are checked, its backends in order, and the
+    arguments that it writes in place."""
 
     prepare: Callable[..., tuple[Any, ...]]
     backends: tuple[Backend, ...]
+    writes: tuple[str, ...] = ()
 
 
 _OPS: dict[str, OpEntry] = {}

@@ -18,7 +18,7 @@ halves are the same 16 columns of both, so that the product never leaves the reg
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 import torch
@@ -64,18 +64,26 @@ class PackedMatrix:
         """Memory of the panels, padding included."""
         return self.data.numel()
 
+    @property
+    def panel_halves(self) -> int:
+        """Halves of a panel."""
+        return 1 if self.narrow else 2
+
+    @property
+    def num_panels(self) -> int:
+        return len(self.halves) // self.panel_halves
+
     def unpack(self) -> Tensor:
         """The matrix ``[N, K]`` as it was, to the bit."""
         assert NATIVE is not None
         panels = self.data
         if self.header_bytes:
             panels = _memory(len(self.halves) * _half_bytes(self.dtype, self.shape[1]), None)
-            num_panels = len(self.halves) // (1 if self.narrow else 2)
             NATIVE.decompress_panels(
                 panels.data_ptr(),
                 self.data.data_ptr(),
-                num_panels,
-                panels.numel() // (2 * num_panels),
+                self.num_panels,
+                panels.numel() // (2 * self.num_panels),
                 self.header_bytes,
                 torch.get_num_threads(),
             )
@@ -88,7 +96,7 @@ class PackedMatrix:
             self.shape[1],
             self.halves.data_ptr(),
             len(self.halves),
-            1 if self.narrow else 2,
+            self.panel_halves,
             torch.get_num_threads(),
         )
         return matrix
@@ -149,7 +157,6 @@ def pack_matrix(
     if not narrow and len(listed) % 2:
         listed.append((0, 0, 0, 0))
     halves = torch.tensor(listed, dtype=torch.int32).reshape(-1, 4)
-    code = DTYPE_CODES[matrix.dtype]
     if width > 1 and matrix.stride(1) != 1:
         matrix = matrix.contiguous()
     num_bytes = len(halves) * _half_bytes(matrix.dtype, width)
@@ -158,38 +165,37 @@ def pack_matrix(
     compress = compress and matrix.dtype == torch.bfloat16 and width % (8 if narrow else 4) == 0
     # What is going to be compressed is laid out somewhere else first.
     data = _memory(num_bytes, None if compress else arena)
+    packed = PackedMatrix(
+        (num_rows, width), matrix.dtype, tuple(sizes), paired, narrow, data, halves
+    )
     NATIVE.pack_matrix(
         data.data_ptr(),
         matrix.detach().data_ptr(),
         matrix.stride(0),
-        code,
+        DTYPE_CODES[matrix.dtype],
         width,
         halves.data_ptr(),
         len(halves),
-        1 if narrow else 2,
+        packed.panel_halves,
         torch.get_num_threads(),
     )
-    header_bytes = 0
-    if compress:
-        panels = len(halves) if narrow else len(halves) // 2
-        data, header_bytes = _compressed(data, panels, arena)
-    return PackedMatrix(
-        (num_rows, width), matrix.dtype, tuple(sizes), paired, narrow, data, halves, header_bytes
-    )
+    return _compressed(packed, arena) if compress else packed
 
 
-def _compressed(panels: Tensor, num_panels: int, arena: PackArena | None) -> tuple[Tensor, int]:
-    """The panels compressed and the bytes of a header, or as they are and 0: what is better."""
+def _compressed(packed: PackedMatrix, arena: PackArena | None) -> PackedMatrix:
+    """The matrix with its panels compressed, or as they are where that is better."""
     assert NATIVE is not None
-    threads, num_words = torch.get_num_threads(), panels.numel() // (2 * max(1, num_panels))
+    panels, num_panels, threads = packed.data, packed.num_panels, torch.get_num_threads()
+    num_words = panels.numel() // (2 * max(1, num_panels))
     header_bytes = NATIVE.compressed_header_bytes(panels.data_ptr(), num_panels, num_words, threads)
     if not header_bytes:
-        return (panels if arena is None else arena.take(panels.numel()).copy_(panels)), 0
+        kept = panels if arena is None else arena.take(panels.numel()).copy_(panels)
+        return replace(packed, data=kept)
     data = _memory(num_panels * NATIVE.compressed_panel_bytes(header_bytes, num_words), arena)
     NATIVE.compress_panels(
         data.data_ptr(), panels.data_ptr(), num_panels, num_words, header_bytes, threads
     )
-    return data, header_bytes
+    return replace(packed, data=data, header_bytes=header_bytes)
 
 
 def _half_bytes(dtype: torch.dtype, width: int) -> int:

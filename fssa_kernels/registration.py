@@ -1,5 +1,6 @@
 """One helper that makes a torch operator: schema, backends, fake, autograd."""
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ class Op:
     `prepare` checks the public arguments and returns the operator's positional ones, the last of
     which names the backend. `fake` returns outputs of the right shape, dtype and device without
     computing. `save` (torch's setup_context) and `backward` define the gradient; an op without
-    them has none. `mutates` names the arguments written in place.
+    them has none. Arguments that the schema marks, as in ``Tensor(a!) x``, are written in place.
     """
 
     def __init__(
@@ -32,18 +33,18 @@ class Op:
         fake: Callable[..., Any],
         save: Callable[..., None] | None = None,
         backward: Callable[..., Any] | None = None,
-        mutates: tuple[str, ...] = (),
     ) -> None:
         self.name = name
         self.backends = tuple(backends)
+        writes = tuple(re.findall(r"Tensor\(\w+!\) (\w+)", schema))
         define = torch.library.custom_op(
-            f"{NAMESPACE}::{name}", self.compute, mutates_args=mutates, schema=schema
+            f"{NAMESPACE}::{name}", self.compute, mutates_args=writes, schema=schema
         )
         define.register_fake(fake)
         if backward is not None:
             define.register_autograd(backward, setup_context=save)
         self.registered = getattr(getattr(torch.ops, NAMESPACE), name).default
-        enrol(name, OpEntry(prepare, self.backends))
+        enrol(name, OpEntry(prepare, self.backends, writes))
 
     def compute(self, *args: Any) -> Any:
         """Run the selected backend on real tensors, with no autograd of its own.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import fssa_kernels
+from fssa_kernels.dispatch import lookup
 
 Inputs = dict[str, Any]  # the arguments of the public function, by name
 
@@ -26,22 +27,6 @@ OPS = (
     "sample",
     "advance_step",
 )
-
-# Arguments that an op writes in place.
-WRITTEN = {
-    "rope_kv_write": ("k_cache", "v_cache"),
-    "advance_step": (
-        "tokens",
-        "positions",
-        "kv_slots",
-        "kv_lens",
-        "uniform",
-        "num_done",
-        "log_tokens",
-        "log_logprobs",
-        "ended",
-    ),
-}
 
 # Inputs are scaled so that outputs are of order one. In low precision the reference rounds up to
 # three times (base product, sum, epilogue).
@@ -105,6 +90,11 @@ def cases(op: str) -> tuple[OpCase, ...]:
     if op not in OPS:
         raise ValueError(f"op: expected one of {', '.join(OPS)}, got {op!r}")
     return tuple(importlib.import_module(f"fssa_kernels.ops.{op}.cases").cases())
+
+
+def written(op: str) -> tuple[str, ...]:
+    """The arguments that an op writes in place, in the order of its schema."""
+    return lookup(op).writes
 
 
 def _move(value: Any, device: torch.device) -> Any:

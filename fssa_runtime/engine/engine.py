@@ -25,16 +25,15 @@ from ..conditioning.user_weights import UserWeights
 from ..errors import InputError
 from ..models.decoder import Decoder
 from ..request import Completion, FinishReason, Request, Token
+from .admission import Admission
 from .answer import Answer, InFlight
-from .edits import Edits
-from .grammar import Grammar, Grammars
+from .grammar import Grammar
 from .kv_cache import KVCache
 from .page_pool import PagePool
 from .runner import Chosen, Runner
 from .scheduler import Plan, Scheduler
 from .slots import SlotCache, require_slots
 from .stream import Stream
-from .text import Detokenizer
 
 # Seconds, at most, for which steps that follow one another keep what they chose to themselves:
 # who reads along sees ten times a second how it goes on.
@@ -100,7 +99,6 @@ class Engine:
         if (modulation is None) != (table is None):
             raise ValueError("modulation and table: expected both or neither")
         self.decoder = decoder
-        self.stop_tokens = stop_tokens
         self.debug = debug
         self.slots = None if table is None else SlotCache(table)
         require_slots(self.slots, max_batch_size)
@@ -129,11 +127,7 @@ class Engine:
         )
         self.max_steps = max_steps
         self.interrupt = self.runner.interrupt
-        self._detokenizer: Detokenizer | None = None
-        self._grammars: Grammars | None = None
-        if tokenizer is not None:
-            self._detokenizer = Detokenizer(tokenizer)
-            self._grammars = Grammars(tokenizer, decoder.config.vocab_size, stop_tokens)
+        self._admission = Admission(decoder, self.cache, stop_tokens, self.slots, tokenizer, clock)
         self.in_use = threading.Lock()
         self._clock = clock
         self._in_flight: dict[int, InFlight] = {}
@@ -160,10 +154,10 @@ class Engine:
         Raises:
             InputError: it can never run; nothing is kept of it.
         """
-        self._check_values(request)
-        in_flight = InFlight(request, grammar or self._grammar(request))
+        self._admission.check(request)
+        in_flight = InFlight(request, grammar or self._admission.grammar(request))
         number = self._next_request
-        answer = self._answer(number, in_flight, 0, parent=None)
+        answer = self._admission.answer(number, in_flight, 0)
         self.scheduler.add(answer.stream)
         self._next_request += 1
         with self._slots_lock:
@@ -176,15 +170,13 @@ class Engine:
 
         May be called by other threads while a step runs, so that a grammar holds nobody up.
         """
-        self._check_values(request)
-        self.scheduler.check_stream(self._stream(request, parent=None))
-        return self._grammar(request)
+        self._admission.check(request)
+        self.scheduler.check_stream(self._admission.stream(request))
+        return self._admission.grammar(request)
 
     def room_after(self, num_tokens: int) -> int:
         """Tokens of an answer that fit after a prompt of so many; below 1 if none does."""
-        # The last token is written but never computed.
-        cached = self.cache.num_pages * self.cache.page_size + 1
-        return min(self.decoder.config.max_positions, cached) - num_tokens
+        return self._admission.room_after(num_tokens)
 
     def abort(self, number: int) -> bool:
         """Drop a request, its pages and its slot; False if it is finished or unknown."""
@@ -318,59 +310,6 @@ class Engine:
                 self.abort(number)
         return [gathering.completions() for gathering in gathered]
 
-    def _check_values(self, request: Request) -> None:
-        request.check_tokens(self.decoder.config.vocab_size)
-        if request.user is not None:
-            if self.slots is None:
-                raise InputError("the request is a user's, but the engine has no modulation")
-            self.slots.check_weights(request.user)
-        if self._grammars is None and (request.sampling.stop or request.sampling.grammar):
-            raise InputError("stop strings and grammars need an engine with a tokenizer")
-
-    def _grammar(self, request: Request) -> Grammar | None:
-        asked = request.sampling.grammar
-        return None if asked is None or self._grammars is None else self._grammars.compiled(asked)
-
-    def _answer(
-        self, number: int, in_flight: InFlight, index: int, parent: Stream | None
-    ) -> Answer:
-        request, grammar = in_flight.asked, in_flight.grammar
-        sampling = request.sampling
-        stop_tokens = frozenset(sampling.stop_token_ids)
-        if not sampling.ignore_eos:
-            stop_tokens |= self.stop_tokens
-        edits = text = None
-        if request.forced_tokens is not None:
-            stop_tokens = frozenset()
-        elif sampling.edits_logits:
-            matcher = None if grammar is None else grammar.matcher()
-            edits = Edits(sampling, request.prompt_tokens, stop_tokens, matcher)
-        if self._detokenizer is not None:
-            text = self._detokenizer.stream(sampling.stop)
-        stream = self._stream(request, parent)
-        return Answer(number, index, request, stream, stop_tokens, edits, text)
-
-    def _stream(self, request: Request, parent: Stream | None) -> Stream:
-        fingerprint = b"" if request.user is None else request.user.fingerprint
-        return Stream(
-            request.prompt_tokens,
-            self._max_new(request),
-            fingerprint=fingerprint,
-            tenant=fingerprint if request.tenant is None else request.tenant,
-            priority=request.priority,
-            deadline=None if request.timeout is None else self._clock() + request.timeout,
-            parent=parent,
-            # Scores of cached tokens are not kept: their logits are made again.
-            finds=request.sampling.prompt_logprobs is None,
-        )
-
-    def _max_new(self, request: Request) -> int:
-        if request.forced_tokens is not None:
-            return len(request.forced_tokens)
-        if request.sampling.max_tokens is not None:
-            return request.sampling.max_tokens
-        return max(1, self.room_after(len(request.prompt_tokens)))
-
     def _run(self, plan: Plan, most: int) -> list[list[Chosen]]:
         """Compute the plan's step, and up to ``most`` that follow it; for each of them and every
         piece what was chosen after its last token."""
@@ -446,7 +385,7 @@ class Engine:
         """The prompt is computed: the other answers begin, on the same pages."""
         in_flight = self._in_flight[first.request]
         for index in range(1, first.asked.num_answers):
-            answer = self._answer(first.request, in_flight, index, parent=first.stream)
+            answer = self._admission.answer(first.request, in_flight, index, first.stream)
             answer.stream.deadline = first.stream.deadline
             self.scheduler.add(answer.stream)
             self._keep(answer)

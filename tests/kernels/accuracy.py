@@ -6,7 +6,7 @@ import torch
 from hypothesis import strategies as st
 
 import fssa_kernels
-from fssa_kernels.testing import WRITTEN, cases, within_wider
+from fssa_kernels.testing import cases, within_wider, written
 from tests.kernels import kernel_oracles as oracles
 
 # Errors below this are rounding luck: units in the last place of the largest value, or of one.
@@ -27,15 +27,15 @@ def by_name(op, name, dtype=torch.float32):
 
 def run(op, inputs, backend="native"):
     """All that a call makes: what it returns, and what it writes, on copies of that."""
-    written = WRITTEN.get(op, ())
+    names = written(op)
     inputs = dict(inputs)
-    for name in written:
+    for name in names:
         old = inputs[name]
         inputs[name] = torch.empty_strided(old.shape, old.stride(), dtype=old.dtype).copy_(old)
     out = getattr(fssa_kernels, op)(**inputs, backend=backend)
     if not isinstance(out, tuple):
         out = () if out is None else (out,)
-    return (*out, *(inputs[name] for name in written))
+    return (*out, *(inputs[name] for name in names))
 
 
 def exact(op, inputs):

@@ -119,8 +119,6 @@ void walk(const ModulatedLinearCall& call, Team& team) {
           }
         }
       }
-      // The low-rank term, of rank 16.
-      for (int64_t pair = 0; pair < 8 && ahead.halved; ++pair) fetch_some<kStepBytes>(ahead);
     }
     reads.leave(panel, ahead);
   }

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fssa_kernels import advance_step, explain
 from fssa_kernels.native import MISSING, NATIVE
-from fssa_kernels.testing import WRITTEN, cases
+from fssa_kernels.testing import cases, written
 from tests.kernels.accuracy import make, run
 
 BACKENDS = [
@@ -46,12 +46,12 @@ def expected(inputs):
         out["uniform"][b] = out["draws"][b][min(i + 1, steps - 1)]
         table = out["block_tables"][b]
         out["kv_slots"][b] = -1 if full else table[p // page] * page + p % page
-    return [torch.tensor(out[name], dtype=inputs[name].dtype) for name in WRITTEN["advance_step"]]
+    return [torch.tensor(out[name], dtype=inputs[name].dtype) for name in written("advance_step")]
 
 
 def check(inputs, backend):
     got = run("advance_step", inputs, backend)
-    for name, value, right in zip(WRITTEN["advance_step"], got, expected(inputs), strict=True):
+    for name, value, right in zip(written("advance_step"), got, expected(inputs), strict=True):
         right = right.view(value.shape)
         assert torch.equal(value.nan_to_num(77), right.nan_to_num(77)), name
 
@@ -87,7 +87,7 @@ def test_any_number_of_threads(num_threads):
 def test_rows_whose_numbers_make_no_sense_stay_as_they_are(backend, argument, value):
     inputs = make("advance_step", torch.float32)
     inputs[argument][2] = value
-    before = [inputs[name][2].clone() for name in WRITTEN["advance_step"]]
+    before = [inputs[name][2].clone() for name in written("advance_step")]
     check(inputs, backend)
     after = run("advance_step", inputs, backend)
     assert all(torch.equal(a[2], b) for a, b in zip(after, before, strict=True))
@@ -131,7 +131,7 @@ def test_no_stop_token_is_none_of_them(backend):
 )
 def test_bad_input_is_an_error_and_nothing_is_written(change, error, message):
     inputs = make("advance_step", torch.float32)
-    before = {name: inputs[name].clone() for name in WRITTEN["advance_step"]}
+    before = {name: inputs[name].clone() for name in written("advance_step")}
     with pytest.raises(error, match=f"advance_step: {message}"):
         advance_step(**{**inputs, **change})
     assert all(torch.equal(inputs[name], value) for name, value in before.items())

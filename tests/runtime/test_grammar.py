@@ -163,7 +163,7 @@ def test_what_was_checked_is_not_compiled_again(
     request = Request(list(b"Why?"), sampling=sampling, n=3)
     grammar = engine.check(request)
     gathering = Gathering(request)
-    monkeypatch.setattr(engine, "_grammars", Grammars(None, 0, ()))
+    monkeypatch.setattr(engine._admission, "_grammars", Grammars(None, 0, ()))
     engine.add(request, grammar)
     while len(engine):
         for event in engine.step():

@@ -159,15 +159,4 @@ _OP = Op(
         Backend("reference", advance_step_ref),
     ),
     fake=_fake,
-    mutates=(
-        "tokens",
-        "positions",
-        "kv_slots",
-        "kv_lens",
-        "uniform",
-        "num_done",
-        "log_tokens",
-        "log_logprobs",
-        "ended",
-    ),
 )

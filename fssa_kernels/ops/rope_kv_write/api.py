@@ -166,5 +166,4 @@ _OP = Op(
         Backend("reference", rope_kv_write_ref),
     ),
     fake=_fake,
-    mutates=("k_cache", "v_cache"),
 )
