@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 # Before torch is imported: tests run small shapes, for which more threads only wait for each other,
 # and longer still where another process of the same tests has the other core.
@@ -25,6 +26,15 @@ def real_model_name() -> str:
             raise
         pytest.skip(f"the default model is not here and cannot be had: {error}")
     return DEFAULT_MODEL
+
+
+@pytest.hookimpl(tryfirst=True, optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With -n processes take tests from one another. Not said by an option: pytest-benchmark takes
+    that for several processes where there is one."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +15,8 @@ from benchmarks import test_ops as ops_benchmark
 from benchmarks.gate import Judgement
 from fssa_kernels.native import NATIVE
 from fssa_kernels.testing import OPS
+
+ROOT = Path(__file__).parents[2]
 
 
 class Benchmark:
@@ -58,3 +64,21 @@ def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(AssertionError, match="too far off"):
         ops_benchmark.test_op(benchmark, case, dtype, backend)
     assert not benchmark.timed
+
+
+def test_the_command_of_the_documentation() -> None:
+    """As it is written down, settings of the tests included; one case is enough."""
+    assert "`pytest benchmarks --benchmark-only`" in (ROOT / "benchmarks/README.md").read_text()
+    case = "take_rows and float32 and reference and one"
+    # As if it were run by itself, whoever runs this one.
+    environment = {n: value for n, value in os.environ.items() if not n.startswith("PYTEST_")}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "-k", case],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "benchmark 'take_rows" in done.stdout
