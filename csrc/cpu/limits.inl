@@ -19,26 +19,37 @@ double stream(const void* data, int64_t bytes, Team& team) {
 }
 
 // Multiplies and adds `steps` times what a tile does for a column, or a pair of them where there is an
-// instruction for pairs, with everything in registers. Counts the operations. The sums begin at `start`, which the compiler
-// does not see: what is equal it would compute once.
+// instruction for pairs, with everything in registers. Counts the operations. The sums begin at
+// `start`, which the compiler does not see: what is equal it would compute once. They have a tile's
+// shape, in loops short enough to be unrolled: in a longer one they would be in memory.
 double multiply_add(int64_t steps, const float* start, int64_t& flop) {
   constexpr bool kByPairs = kWidenedRows == INT64_MAX;
-  static_assert(16 + kMaxSums <= kMultiplyAddStart, "");
-  Vec acc[kMaxSums];
+  constexpr int kHalves = kMaxSums / kMaxRows;
+  static_assert(kMaxRows * kHalves == kMaxSums && 16 + kMaxSums <= kMultiplyAddStart, "");
+  Vec acc[kMaxRows][kHalves];
   FSSA_UNROLL
-  for (int i = 0; i < kMaxSums; ++i) acc[i] = load(start + i);
+  for (int r = 0; r < kMaxRows; ++r) {
+    FSSA_UNROLL
+    for (int h = 0; h < kHalves; ++h) acc[r][h] = load(start + r * kHalves + h);
+  }
   const Vec half = broadcast(0.5f), one = broadcast(1.0f);
   const Pairs halves = broadcast_bits(0x3f003f00);
   for (int64_t n = 0; n < steps; ++n) {
     FSSA_UNROLL
-    for (int i = 0; i < kMaxSums; ++i) {
-      acc[i] = kByPairs ? dot_pairs(acc[i], halves, halves) : fma(acc[i], half, one);
+    for (int r = 0; r < kMaxRows; ++r) {
+      FSSA_UNROLL
+      for (int h = 0; h < kHalves; ++h) {
+        acc[r][h] = kByPairs ? dot_pairs(acc[r][h], halves, halves) : fma(acc[r][h], half, one);
+      }
     }
   }
   flop = steps * kMaxSums * 16 * (kByPairs ? 4 : 2);
   double total = 0.0;
   FSSA_UNROLL
-  for (int i = 0; i < kMaxSums; ++i) total += sum(acc[i]);
+  for (int r = 0; r < kMaxRows; ++r) {
+    FSSA_UNROLL
+    for (int h = 0; h < kHalves; ++h) total += sum(acc[r][h]);
+  }
   return total;
 }
 
