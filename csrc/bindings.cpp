@@ -97,12 +97,13 @@ std::shared_ptr<Call> modulated_linear(const Rows& rows_count, Address y, int64_
   return call;
 }
 
-std::shared_ptr<Call> take_rows(const Rows& rows, Address y, Address table, int code, bool packed,
-                                int64_t header_bytes, int64_t row_stride, int64_t k, int64_t num_rows, Address index,
-                                float scale) {
+std::shared_ptr<Call> take_rows(const Rows& rows, Address y, int64_t y_stride, Address table,
+                                int code, bool packed, int64_t header_bytes, int64_t row_stride,
+                                int64_t k, int64_t num_rows, Address index, float scale) {
   auto call = std::make_shared<TakeRowsCall>();
   call->count = rows.count;
   call->y = out<void>(y);
+  call->y_stride = y_stride;
   call->table = in<void>(table);
   call->dtype = dtype(code);
   call->packed = packed;
@@ -115,16 +116,18 @@ std::shared_ptr<Call> take_rows(const Rows& rows, Address y, Address table, int 
   return call;
 }
 
-std::shared_ptr<Call> residual_film_rms_norm(const Rows& rows, Address normed, Address h, Address x,
-                                             int64_t x_stride, Address residual,
-                                             int64_t residual_stride, int code, Address weight,
-                                             int weight_dtype, Address film, int film_dtype,
-                                             int64_t film_stride, Address slots, int64_t num_users,
-                                             int64_t channels, float eps, float weight_offset) {
+std::shared_ptr<Call> residual_film_rms_norm(const Rows& rows, Address normed, Address h,
+                                             int64_t out_stride, Address x, int64_t x_stride,
+                                             Address residual, int64_t residual_stride, int code,
+                                             Address weight, int weight_dtype, Address film,
+                                             int film_dtype, int64_t film_stride, Address slots,
+                                             int64_t num_users, int64_t channels, float eps,
+                                             float weight_offset) {
   auto call = std::make_shared<NormCall>();
   call->count = rows.count;
   call->normed = out<void>(normed);
   call->h = out<void>(h);
+  call->out_stride = out_stride;
   call->x = in<void>(x);
   call->x_stride = x_stride;
   call->residual = in<void>(residual);
@@ -177,16 +180,18 @@ std::shared_ptr<Call> rope_kv_write(const Rows& rows, Address rotated, const Hea
 }
 
 std::shared_ptr<Call> paged_attention(const Rows& tokens, const Rows& sequences, Address result,
-                                      const HeadsTuple& q, Address k_cache, Address v_cache,
-                                      int code, Address block_tables, int64_t block_stride,
-                                      Address kv_lens, Address q_indptr, int64_t num_pages,
-                                      int64_t page_size, int64_t max_pages, int64_t num_heads,
-                                      int64_t num_kv_heads, int64_t head_dim, float scale,
-                                      int64_t window, Address scratch, int64_t num_threads) {
+                                      int64_t result_stride, const HeadsTuple& q,
+                                      Address k_cache, Address v_cache, int code,
+                                      Address block_tables, int64_t block_stride, Address kv_lens,
+                                      Address q_indptr, int64_t num_pages, int64_t page_size,
+                                      int64_t max_pages, int64_t num_heads, int64_t num_kv_heads,
+                                      int64_t head_dim, float scale, int64_t window,
+                                      Address scratch, int64_t num_threads) {
   auto call = std::make_shared<AttentionCall>();
   call->num_tokens = tokens.count;
   call->num_sequences = sequences.count;
   call->out = out<void>(result);
+  call->out_stride = result_stride;
   call->q = in<void>(std::get<0>(q));
   call->q_token_stride = std::get<1>(q);
   call->q_head_stride = std::get<2>(q);

@@ -72,7 +72,8 @@ class StepGraph:
 
         On a CPU only ops of this package may compute inside ``step``, and views; anything else
         raises RecordingError, because a replay would not repeat it. So does an op that has no
-        native kernel for its inputs, with the reason.
+        native kernel for its inputs, with the reason. Rows of what an op returns there need not
+        follow one another (``stride(0)`` says where they are), so no view runs across them.
 
         On a GPU a CUDA graph has a fixed number of rows, so ``step`` is recorded again for every
         bucket of rows that a replay meets first, with the first rows of the inputs. A replay then

@@ -9,6 +9,7 @@ threads, a barrier between two ops. How many rows it has is read at replay as we
 from __future__ import annotations
 
 import ctypes
+import math
 import threading
 import weakref
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fssa_kernels.graph import Following, Inputs, Step, StepGraph, tensors_of
 from fssa_kernels.native import CURRENT, MISSING, NATIVE, RecordingError
 
-_ALIGNMENT = 64
+_LINE = 64  # bytes of a cache line, at which blocks begin
 
 
 class NativeStepGraph(StepGraph):
@@ -124,8 +125,17 @@ class _NativeRecorder:
         return NATIVE.Rows(self.graph, dim)
 
     def empty(self, like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return self._lend(like, shape, dtype, math.prod(shape[1:]))
+
+    def empty_apart(self, like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        lines = -(-math.prod(shape[1:]) * dtype.itemsize // _LINE)
+        return self._lend(like, shape, dtype, (lines | 1) * _LINE // dtype.itemsize)
+
+    def _lend(
+        self, like: Tensor, shape: tuple[int, ...], dtype: torch.dtype, row_stride: int
+    ) -> Tensor:
         dim = self._dim(like)
-        tensor = self._pool.empty(shape, dtype)
+        tensor = self._pool.empty(shape, dtype, row_stride)
         self._dims[_start(tensor)] = dim
         return tensor
 
@@ -182,26 +192,25 @@ class _Pool:
         self._free: dict[int, list[int]] = {}  # addresses of free blocks, by size
         self._blocks: dict[int, Tensor] = {}  # by address
 
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        count = 1
-        for size in shape:
-            count *= size
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, row_stride: int) -> Tensor:
+        count = shape[0] * row_stride
         num_bytes = max(1, count * dtype.itemsize)
-        size = 1 << max(_ALIGNMENT.bit_length(), (num_bytes - 1).bit_length())
+        size = 1 << max(_LINE.bit_length(), (num_bytes - 1).bit_length())
         free = self._free.setdefault(size, [])
         start = free.pop() if free else self._allocate(size)
         # The storage holds the array, so the array dies with the last tensor on that storage.
         array = (ctypes.c_uint8 * size).from_address(start)
         owner = weakref.finalize(array, _give_back, free, start, self._blocks[start])
         owner.atexit = False  # tensors still alive at exit keep their memory
-        return torch.frombuffer(array, dtype=dtype, count=count).view(shape)
+        rows = torch.frombuffer(array, dtype=dtype, count=count).view(shape[0], row_stride)
+        return rows[:, : math.prod(shape[1:])].view(shape)
 
     def owns(self, tensor: Tensor) -> bool:
         return _start(tensor) in self._blocks
 
     def _allocate(self, size: int) -> int:
-        block = torch.empty(size + _ALIGNMENT, dtype=torch.uint8)
-        start = -(-block.data_ptr() // _ALIGNMENT) * _ALIGNMENT
+        block = torch.empty(size + _LINE, dtype=torch.uint8)
+        start = -(-block.data_ptr() // _LINE) * _LINE
         self._blocks[start] = block
         return start
 

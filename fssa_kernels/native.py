@@ -49,6 +49,10 @@ class Recorder(Protocol):
         """Memory for an output with as many rows as `like` has."""
         ...
 
+    def empty_apart(self, like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """The same, whose rows lie apart as `native.empty_apart` says."""
+        ...
+
     def add(self, op: str, call: Any, tensors: tuple[Tensor | None, ...]) -> None:
         """Append a call of an op; its tensors stay alive as long as the graph."""
         ...
@@ -73,6 +77,18 @@ def empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Uninitialised memory for an output; its rows are those of `like`."""
     if CURRENT.recorder is not None:
         return CURRENT.recorder.empty(like, shape, dtype)
+    return torch.empty(shape, dtype=dtype)
+
+
+def empty_apart(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """`empty` for rows that a product takes or stores a dozen at a time.
+
+    In a recorded step they lie an odd number of cache lines apart: a power of two apart, all the
+    words that a product takes at once would be in one set of the first cache, which holds eight or
+    twelve. So their stride has to be asked for.
+    """
+    if CURRENT.recorder is not None:
+        return CURRENT.recorder.empty_apart(like, shape, dtype)
     return torch.empty(shape, dtype=dtype)
 
 

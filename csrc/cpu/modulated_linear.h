@@ -57,7 +57,8 @@ void unpack_matrix(void* matrix, const void* packed, int64_t row_stride, const P
 
 // Rows `index` of the matrix that was packed in one projection: y_t = scale * W[index_t].
 struct TakeRowsCall final : Call {
-  void* y = nullptr;  // [T,K] contiguous, of the matrix's dtype
+  void* y = nullptr;  // [T,K], of the matrix's dtype
+  int64_t y_stride = 0;
   const void* table = nullptr;
   DType dtype = DType::kFloat32;
   bool packed = false;

@@ -71,7 +71,8 @@ struct AttentionPiece {
 };
 
 struct AttentionCall final : Call {
-  void* out = nullptr;     // [T,H,D] contiguous
+  void* out = nullptr;     // [T,H,D], a token's heads contiguous
+  int64_t out_stride = 0;  // from token to token, elements
   const void* q = nullptr;  // [T,H,D]
   int64_t q_token_stride = 0;
   int64_t q_head_stride = 0;

@@ -372,9 +372,8 @@ FSSA_INLINE void store_rows(const AttentionCall& a, const AttentionPiece& piece,
   from.sums = sums;
   for_each_part(a, piece, from, [&](const AttentionPiece& part, const AttentionScratch& own, int64_t) {
     for (int64_t r = 0; r < part.num_tokens * part.heads; ++r) {
-      T* out = static_cast<T*>(a.out) + ((part.first_token + r / part.heads) * a.num_heads +
-                                         part.first_head + r % part.heads) *
-                                            a.head_dim;
+      T* out = static_cast<T*>(a.out) + (part.first_token + r / part.heads) * a.out_stride +
+               (part.first_head + r % part.heads) * a.head_dim;
       const Vec inverse = broadcast(1.0f / sum(load(own.sums.total + r * 16)));
       for (int64_t d = 0; d < a.head_dim; d += 16) {
         store_up_to(out + d, mul(load(own.sums.out + r * padded + d), inverse), a.head_dim - d);
@@ -508,11 +507,12 @@ void attention(const AttentionCall& a, Team& team) {
   }
   // Rows that belong to no request are zero.
   if (team.index() == 0) {
-    const int64_t width = a.num_heads * a.head_dim;
-    T* out = static_cast<T*>(a.out);
     const int64_t used = batch ? a.q_indptr[batch] : 0, first = batch ? a.q_indptr[0] : 0;
-    for (int64_t i = 0; i < first * width; ++i) out[i] = T{};
-    for (int64_t i = used * width; i < tokens * width; ++i) out[i] = T{};
+    for (int64_t t = 0; t < tokens; ++t) {
+      if (first <= t && t < used) continue;
+      T* out = static_cast<T*>(a.out) + t * a.out_stride;
+      for (int64_t i = 0; i < a.num_heads * a.head_dim; ++i) out[i] = T{};
+    }
   }
 }
 

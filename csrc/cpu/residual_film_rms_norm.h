@@ -8,8 +8,9 @@
 namespace fssa::cpu {
 
 struct NormCall final : Call {
-  void* normed = nullptr;    // [T,C] contiguous
-  void* h = nullptr;         // [T,C] contiguous
+  void* normed = nullptr;    // [T,C]
+  void* h = nullptr;         // [T,C]
+  int64_t out_stride = 0;    // of both
   const void* x = nullptr;   // [T,C]
   int64_t x_stride = 0;
   const void* residual = nullptr;  // [T,C] or null

@@ -8,8 +8,8 @@ void norm(const NormCall& a, Team& team) {
     const T* x = static_cast<const T*>(a.x) + t * a.x_stride;
     const T* residual =
         a.residual ? static_cast<const T*>(a.residual) + t * a.residual_stride : nullptr;
-    T* h = static_cast<T*>(a.h) + t * a.channels;
-    T* normed = static_cast<T*>(a.normed) + t * a.channels;
+    T* h = static_cast<T*>(a.h) + t * a.out_stride;
+    T* normed = static_cast<T*>(a.normed) + t * a.out_stride;
     const int64_t film = a.film ? a.slots[t] * a.film_stride : 0;
     Vec squares = broadcast(0.0f);
     for (int64_t c = 0; c < a.channels; c += 16) {

@@ -25,7 +25,7 @@ template <typename T>
 void take_rows(const TakeRowsCall& a, Team& team) {
   const Range mine = team.share(a.count.get());
   for (int64_t t = mine.first; t < mine.last; ++t) {
-    T* y = static_cast<T*>(a.y) + t * a.k;
+    T* y = static_cast<T*>(a.y) + t * a.y_stride;
     const int64_t row = a.index[t];
     if (!a.packed) {
       const T* from = static_cast<const T*>(a.table) + row * a.row_stride;

@@ -1,5 +1,7 @@
 """A step of every op, recorded and eager: what the tests of `StepGraph` replay."""
 
+import math
+
 import pytest
 import torch
 
@@ -160,9 +162,9 @@ class Chain:
 
 
 class PoolWithoutReuse(graph_native._Pool):
-    def empty(self, shape, dtype):
+    def empty(self, shape, dtype, row_stride):
         self._free.clear()
-        return super().empty(shape, dtype)
+        return super().empty(shape, dtype, row_stride)
 
 
 STEPS = {
@@ -185,6 +187,15 @@ def is_poisoned(tensor):
     return bool(tensor.isnan().all() if tensor.is_floating_point() else (tensor == -77).all())
 
 
+def gaps(tensors):
+    """What lies between the rows of those that do not follow one another."""
+    for tensor in tensors:
+        width = math.prod(tensor.shape[1:])
+        if tensor.stride(0) > width:
+            sizes = len(tensor), tensor.stride(0) - width
+            yield tensor.as_strided(sizes, (tensor.stride(0), 1), tensor.storage_offset() + width)
+
+
 def bits(tensor):
     return tensor.contiguous().view({2: torch.int16, 4: torch.int32}[tensor.element_size()])
 
@@ -197,6 +208,7 @@ def check_replay_is_eager(chain, graph, requests, own_memory=False):
     rows = chain.fill(requests)
     before = [cache.clone() for cache in chain.caches]
     poison(graph.outputs)
+    poison(gaps(graph.outputs))
     graph.replay(**rows)
     after = [cache.clone() for cache in chain.caches]
     for cache, old in zip(chain.caches, before, strict=True):
@@ -206,5 +218,6 @@ def check_replay_is_eager(chain, graph, requests, own_memory=False):
     for replayed, right in zip(graph.outputs, eager, strict=True):
         assert torch.equal(bits(replayed[: len(right)]), bits(right))
         assert not own_memory or is_poisoned(replayed[len(right) :])
+    assert not own_memory or all(is_poisoned(gap) for gap in gaps(graph.outputs))
     for cache, new in zip(chain.caches, after, strict=True):
         assert torch.equal(bits(cache), bits(new))

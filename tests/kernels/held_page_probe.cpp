@@ -12,10 +12,11 @@ namespace {
 
 constexpr int kSeconds = 10;
 
-// [rows, columns], NaN where nothing is written yet; columns [first, last) need the second page.
+// [rows, columns], a row every `stride` numbers, NaN where nothing is written yet; columns [first, last)
+// need the second page.
 struct Results {
   const volatile float* data;
-  int64_t rows, columns, first, last;
+  int64_t rows, columns, stride, first, last;
 };
 
 char* pages[2];
@@ -28,7 +29,7 @@ bool all_else_is_done() {
   for (int64_t r = 0; r < results.rows; ++r) {
     for (int64_t c = 0; c < results.columns; ++c) {
       const bool needs_page = results.first <= c && c < results.last;
-      if (!needs_page && std::isnan(results.data[r * results.columns + c])) return false;
+      if (!needs_page && std::isnan(results.data[r * results.stride + c])) return false;
     }
   }
   return true;
@@ -58,11 +59,12 @@ void wait(int signal, siginfo_t* info, void*) {
 }  // namespace
 
 extern "C" int hold(char* first_page, char* second_page, int64_t bytes, const float* data,
-                    int64_t rows, int64_t columns, int64_t first, int64_t last) {
+                    int64_t rows, int64_t columns, int64_t stride, int64_t first,
+                    int64_t last) {
   pages[0] = first_page;
   pages[1] = second_page;
   page_bytes = bytes;
-  results = {data, rows, columns, first, last};
+  results = {data, rows, columns, stride, first, last};
   readers[0] = readers[1] = late = 0;
   struct sigaction action = {};
   action.sa_sigaction = wait;

@@ -74,8 +74,8 @@ def test_views_are_allowed_and_replayed_in_place():
     weight, last = pack_matrix(torch.randn(12, 12)), pack_matrix(torch.randn(2, 4))
 
     def step():
+        assert x.reshape(4, 3, 4).contiguous().data_ptr() == x.data_ptr()
         y = modulated_linear(x, weight)
-        assert y.reshape(4, 3, 4).contiguous().data_ptr() == y.data_ptr()
         part = y.view(4, 3, 4).transpose(1, 2).mT.flatten(1).split([8, 4], dim=1)[1]
         return modulated_linear(part[..., :4].unsqueeze(0)[0].detach(), last)
 
@@ -233,6 +233,31 @@ def test_memory_is_used_again_from_layer_to_layer():
             cache.zero_()
         assert torch.equal(bits(graph.outputs), bits(chain.step(**rows)[-3]))
     assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [1, 31, 32, 512, 2048])
+def test_rows_that_a_product_takes_or_stores_lie_an_odd_number_of_cache_lines_apart(width, dtype):
+    """A power of two apart, a dozen of them would take each other's place in the first cache."""
+    x, weight = torch.zeros(6, width, dtype=dtype), torch.zeros(width, width, dtype=dtype)
+    packed, index = pack_matrix(weight), torch.zeros(6, dtype=torch.int32)
+    cache = torch.zeros(2, 8, 1, width, dtype=dtype)
+    lengths = torch.zeros(6, 1, dtype=torch.int32), index + 1, torch.arange(7, dtype=torch.int32)
+
+    def step(_):
+        return (
+            modulated_linear(x, packed),
+            *residual_film_rms_norm(x, None, weight[0], eps=1e-5),
+            take_rows(packed, index),
+            paged_attention(x.unsqueeze(1), cache, cache, *lengths, scale=1.0).flatten(1),
+        )
+
+    inputs = {"tokens": (x, index), "sequences": (lengths[0], lengths[1])}
+    for made in StepGraph.record(step, inputs).outputs:
+        lines, rest = divmod(made.stride(0) * made.element_size(), 64)
+        assert rest == 0
+        assert lines % 2 == 1
+        assert made.shape == (6, width)
 
 
 def chain_end(chain):

@@ -72,13 +72,17 @@ def test_an_index_out_of_range_is_an_error_before_anything_is_written(
 ):
     fresh = []
     module = importlib.import_module(f"fssa_kernels.ops.{op}.native_impl")
-    allocate = module.empty
 
-    def remember(*args):
-        fresh.append(allocate(*args).fill_(77))
-        return fresh[-1]
+    def remember(allocate):
+        def allocate_filled(*args):
+            fresh.append(allocate(*args).fill_(77))
+            return fresh[-1]
 
-    monkeypatch.setattr(module, "empty", remember)
+        return allocate_filled
+
+    for name in ("empty", "empty_apart"):
+        if hasattr(module, name):
+            monkeypatch.setattr(module, name, remember(getattr(module, name)))
     inputs = by_name(op, case)
     for name in ("k_cache", "v_cache"):
         if op == "rope_kv_write":

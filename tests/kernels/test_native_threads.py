@@ -59,7 +59,7 @@ def test_a_linear_is_finished_by_who_is_not_held_up(tmp_path):
     pages = [ctypes.c_void_p(-(-start // PAGE) * PAGE) for start in starts]
     columns = (16 * panels, 16 * panels + 32)
     probe = ctypes.CDLL(str(compiled(tmp_path, "held_page_probe", options=("-shared", "-fPIC"))))
-    numbers = map(ctypes.c_int64, (*y.shape, *columns))
+    numbers = map(ctypes.c_int64, (*y.shape, y.stride(0), *columns))
     assert not probe.hold(*pages, ctypes.c_int64(PAGE), ctypes.c_void_p(y.data_ptr()), *numbers)
     try:
         graph.replay(tokens=tokens)

@@ -11,6 +11,7 @@ from fssa_kernels.native import (
     NATIVE,
     address,
     empty,
+    empty_apart,
     launch,
     rows_of,
     unsupported,
@@ -101,7 +102,7 @@ def modulated_linear_native(
     num_tokens, in_features = x.shape
     packed = _packed(weight, splits, epilogue)
     num_columns = packed.shape[0] if epilogue == "none" else packed.shape[0] // 2
-    y = empty(x, (num_tokens, num_columns), x.dtype)
+    y = empty_apart(x, (num_tokens, num_columns), x.dtype)
     rank = num_users = 0
     low_rank: Tensor | None = None
     unmixed: Tensor | None = None
@@ -127,7 +128,7 @@ def modulated_linear_native(
     call = NATIVE.modulated_linear(
         rows_of(x),
         y.data_ptr(),
-        num_columns,
+        y.stride(0),
         DTYPE_CODES[y.dtype],
         x.data_ptr(),
         x.stride(0),

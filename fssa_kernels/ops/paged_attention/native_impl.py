@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fssa_kernels.native import DTYPE_CODES, NATIVE, empty, launch, rows_of, unsupported
+from fssa_kernels.native import DTYPE_CODES, NATIVE, empty, empty_apart, launch, rows_of, unsupported
 
 
 def cannot_native(
@@ -44,7 +44,7 @@ def paged_attention_native(
     assert NATIVE is not None
     num_tokens, num_heads, head_dim = q.shape
     num_pages, page_size, num_kv_heads, _ = k_cache.shape
-    out = empty(q, (num_tokens, num_heads, head_dim), q.dtype)
+    out = empty_apart(q, (num_tokens, num_heads, head_dim), q.dtype)
     max_pages, num_threads = block_tables.shape[1], torch.get_num_threads()
     per_thread = NATIVE.attention_scratch(num_heads, head_dim, max_pages * page_size)
     scratch = empty(q, (num_threads, per_thread), torch.float32)
@@ -52,6 +52,7 @@ def paged_attention_native(
         rows_of(q),
         rows_of(kv_lens),
         out.data_ptr(),
+        out.stride(0),
         (q.data_ptr(), q.stride(0), q.stride(1)),
         k_cache.data_ptr(),
         v_cache.data_ptr(),

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from fssa_kernels.native import DTYPE_CODES, NATIVE, address, empty, launch, rows_of, unsupported
+from fssa_kernels.native import DTYPE_CODES, NATIVE, address, empty_apart, launch, rows_of, unsupported
 
 
 def cannot_native(
@@ -39,12 +39,13 @@ def residual_film_rms_norm_native(
     """The public function on inputs that `cannot_native` accepts; ValueError for a bad slot."""
     assert NATIVE is not None
     num_tokens, num_channels = x.shape
-    normed = empty(x, (num_tokens, num_channels), x.dtype)
-    h = empty(x, (num_tokens, num_channels), x.dtype)
+    normed = empty_apart(x, (num_tokens, num_channels), x.dtype)
+    h = empty_apart(x, (num_tokens, num_channels), x.dtype)
     call = NATIVE.residual_film_rms_norm(
         rows_of(x),
         normed.data_ptr(),
         h.data_ptr(),
+        h.stride(0),
         x.data_ptr(),
         x.stride(0),
         address(residual),
