@@ -62,12 +62,12 @@ Heads heads(const HeadsTuple& value) {
 std::shared_ptr<Call> modulated_linear(const Rows& rows_count, Address y, int64_t y_stride,
                                        int y_dtype, Address x, int64_t x_stride, int x_dtype,
                                        Address weight, int64_t header_bytes, Address bias,
-                                       const Side& lora_a,
-                                       const Side& lora_b, const Side& rows, Address slots,
-                                       Address halves, int64_t num_halves, Address low_rank,
+                                       const Side& lora_a, const Side& lora_b, const Side& rows,
+                                       Address slots, Address halves, int64_t num_halves,
+                                       Address low_rank, Address partial, Address own,
                                        Address unmixed, Address widened, int64_t num_splits,
-                                       int64_t in_features, int64_t rank,
-                                       int64_t num_users, int family, int epilogue) {
+                                       int64_t in_features, int64_t rank, int64_t num_users,
+                                       int family, int epilogue) {
   auto call = std::make_shared<ModulatedLinearCall>();
   call->count = rows_count.count;
   call->y = out<void>(y);
@@ -86,6 +86,8 @@ std::shared_ptr<Call> modulated_linear(const Rows& rows_count, Address y, int64_
   call->halves = in<Half>(halves);
   call->num_halves = num_halves;
   call->low_rank = out<float>(low_rank);
+  call->partial = out<float>(partial);
+  call->own = out<float>(own);
   call->unmixed = out<float>(unmixed);
   call->widened = out<float>(widened);
   call->num_splits = num_splits;
@@ -349,6 +351,8 @@ PYBIND11_MODULE(_native, m) {
         py::arg("head_dim"), py::arg("max_keys"));
   m.attr("MAX_NORMED_HEAD") = kMaxNormedHead;
   m.attr("HALF_COLUMNS") = kHalfColumns;
+  m.attr("MOST_ROWS") = kMostRows;
+  m.def("shrink_parts", &shrink_parts);
   m.attr("SAMPLE_CHUNK") = kSampleChunk;
   m.def(
       "pack_matrix",

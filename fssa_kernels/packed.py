@@ -9,7 +9,8 @@ Panels of bf16 may be compressed to three quarters, to the bit (csrc/cpu/compres
 most frequent high bytes of a panel take four bits each. What is shorter comes from memory sooner;
 the products of some instruction sets read panels so.
 
-The factor A of a low-rank term has few columns and lies in narrow panels of one half each.
+The factor A of a low-rank term has few rows and lies in narrow panels ``[half][part]``, each of one
+half and a part of the K columns.
 
 A half belongs to one projection of a stack. Where an epilogue multiplies two projections, a panel's
 halves are the same 16 columns of both, so that the product never leaves the registers.
@@ -40,7 +41,7 @@ class PackedMatrix:
         shape: ``(N, K)`` of the matrix. dtype: float32 or bfloat16.
         splits: sizes of the stacked projections, sum N.
         paired: whether the two projections are multiplied in an epilogue.
-        narrow: whether a panel is one half.
+        narrow: whether a panel is one half of a part of the columns.
         data: the panels, uint8. halves: ``[num_halves, 4]`` int32: first row, first column of the
             result, columns in use, projection.
         header_bytes: of a compressed panel, 0 where they are not compressed.
@@ -71,7 +72,9 @@ class PackedMatrix:
 
     @property
     def num_panels(self) -> int:
-        return len(self.halves) // self.panel_halves
+        assert NATIVE is not None
+        parts: int = NATIVE.shrink_parts(self.shape[1]) if self.narrow else 1
+        return len(self.halves) // self.panel_halves * parts
 
     def unpack(self) -> Tensor:
         """The matrix ``[N, K]`` as it was, to the bit."""

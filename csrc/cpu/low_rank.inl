@@ -48,75 +48,109 @@ struct Input {
   }
 };
 
-// What B is multiplied with, v, has B's dtype, or its values in fp32 where x is read in fp32.
+static_assert(kMaxRows <= kMostRows, "");
+
+// What B is multiplied with, v, into `out`: it has B's dtype, or its values in fp32 where x is read in
+// fp32.
 template <typename X>
-FSSA_INLINE void store_low_rank(const ModulatedLinearCall& a, int64_t at, Vec v, int64_t valid) {
+FSSA_INLINE void store_low_rank(const ModulatedLinearCall& a, float* out, int64_t at, Vec v,
+                                int64_t valid) {
   if constexpr (sizeof(X) == 4) {
     if (a.lora_b.dtype == DType::kBFloat16) v = round_bf16(v);
-    store_up_to(a.low_rank + at, v, valid);
+    store_up_to(out + at, v, valid);
   } else {
-    store_as(a.low_rank, a.lora_b.dtype, at, v, valid);
+    store_as(out, a.lora_b.dtype, at, v, valid);
   }
 }
 
-// acc += x A^T for kRows rows and one half of A.
+// The same from u = A x of row t and columns of A from `first` on; for core, u itself, which `mix`
+// turns into v.
+template <typename X>
+FSSA_INLINE void store_shrunk(const ModulatedLinearCall& a, float* out, int64_t t, int64_t first,
+                              Vec u) {
+  const int64_t at = t * a.width() + first, valid = smaller(kHalfColumns, a.width() - first);
+  if (a.family == Family::kCore) {
+    store_up_to(a.unmixed + at, u, valid);
+    return;
+  }
+  if (a.family == Family::kGated) {
+    u = mul(u, load_first_as(a.user_row(t, first), a.rows.dtype, 0, valid));
+  }
+  store_low_rank<X>(a, out, at, u, valid);
+}
+
+// acc += x A^T for kRows rows, one half of A and a part of its columns, with which x begins.
 template <typename A, int kRows, typename X>
 FSSA_INLINE void multiply_shrink(const ModulatedLinearCall& a, const SpacedRows<kRows, X>& x,
-                                 int64_t half, Vec (&acc)[kRows][1], Ahead& ahead) {
-  const char* panel = a.shrink_panel(half);
+                                 const char* panel, Vec (&acc)[kRows][1], Ahead& ahead) {
   if constexpr (kReadsCompressed && sizeof(A) == 2 && sizeof(X) == 2) {
     if (a.lora_a.header_bytes != 0) {
-      accumulate_compressed(x, panel, a.lora_a.header_bytes, a.in_features, acc, ahead);
+      accumulate_compressed(x, panel, a.lora_a.header_bytes, a.part_columns(), acc, ahead);
       return;
     }
   }
-  accumulate<kStepBytes / 2>(x, packed_at<A>(panel, 0), a.in_features, acc, ahead, kHalfColumns);
+  accumulate<kStepBytes / 2>(x, packed_at<A>(panel, 0), a.part_columns(), acc, ahead, kHalfColumns);
 }
 
-// v = A x, times g for gated. For core u = A x in fp32, which `mix` turns into v.
-//
-// Rows [t, t + kRows), 16 columns of A.
+// u = A x of rows [t, t + kRows) and 16 columns of A: v of all parts of x, or one part into `partial`.
 template <int kRows, typename X, typename A>
 FSSA_NOINLINE void shrink_tile(const ModulatedLinearCall& a, const Input<X>& input, int64_t t,
-                               int64_t half, Ahead& brought) {
+                               int64_t half, Range parts, Ahead& brought) {
   Ahead ahead = brought;
-  Vec acc[kRows][1];
-  FSSA_UNROLL
-  for (int r = 0; r < kRows; ++r) acc[r][0] = broadcast(0.0f);
-  const int64_t first = half * kHalfColumns, valid = smaller(kHalfColumns, a.width() - first);
+  const int64_t first = half * kHalfColumns, all = a.shrink_parts();
   if (a.family == Family::kGated) {
     for (int r = 0; r < kRows; ++r) prefetch(a.user_row(t + r, first));
   }
-  multiply_shrink<A>(a, input.template rows<kRows>(t), half, acc, ahead);
-  brought = ahead;
-  // In memory: the loop over them is too long to be unrolled.
-  Vec sums[kRows];
-  FSSA_UNROLL
-  for (int r = 0; r < kRows; ++r) sums[r] = acc[r][0];
-  for (int r = 0; r < kRows; ++r) {
-    Vec value = sums[r];
-    const int64_t at = (t + r) * a.width() + first;
-    if (a.family == Family::kGated) {
-      value = mul(value, load_first_as(a.user_row(t + r, first), a.rows.dtype, 0, valid));
+  Vec sums[kRows];  // in memory: some loops over them are too long to be unrolled
+  for (int64_t part = parts.first; part < parts.last; ++part) {
+    Vec acc[kRows][1];
+    FSSA_UNROLL
+    for (int r = 0; r < kRows; ++r) acc[r][0] = broadcast(0.0f);
+    auto rows = input.template rows<kRows>(t);
+    rows.advance(part * a.part_columns());
+    multiply_shrink<A>(a, rows, a.shrink_panel(half * all + part), acc, ahead);
+    FSSA_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      sums[r] = part == parts.first ? acc[r][0] : add(sums[r], acc[r][0]);
     }
-    if (a.family == Family::kCore) {
-      store_up_to(a.unmixed + at, value, valid);
-    } else {
-      store_low_rank<X>(a, at, value, valid);
+  }
+  brought = ahead;
+  if (parts.last - parts.first == all) {
+    for (int r = 0; r < kRows; ++r) store_shrunk<X>(a, a.low_rank, t + r, first, sums[r]);
+  } else {
+    const int64_t valid = smaller(kHalfColumns, a.width() - first);
+    for (int r = 0; r < kRows; ++r) {
+      float* to = a.partial + ((t + r) * all + parts.first) * a.width() + first;
+      store_up_to(to, sums[r], valid);
     }
   }
 }
 
 template <int kRows, typename A, typename X>
 FSSA_INLINE void shrink_tile_of(int64_t rows, const ModulatedLinearCall& a, const Input<X>& input,
-                                int64_t t, int64_t half, Ahead& ahead) {
+                                int64_t t, int64_t half, Range parts, Ahead& ahead) {
   if constexpr (kRows > 1) {
     if (rows < kRows) {
-      shrink_tile_of<kRows - 1, A>(rows, a, input, t, half, ahead);
+      shrink_tile_of<kRows - 1, A>(rows, a, input, t, half, parts, ahead);
       return;
     }
   }
-  shrink_tile<kRows, X, A>(a, input, t, half, ahead);
+  shrink_tile<kRows, X, A>(a, input, t, half, parts, ahead);
+}
+
+// v of row t into `out`, from u of every part.
+template <typename X>
+FSSA_INLINE void add_parts(const ModulatedLinearCall& a, float* out, int64_t t) {
+  const int64_t parts = a.shrink_parts();
+  const float* const u = a.partial + t * parts * a.width();
+  for (int64_t first = 0; first < a.width(); first += kHalfColumns) {
+    const int64_t valid = smaller(kHalfColumns, a.width() - first);
+    Vec sum = load_up_to(u + first, valid);
+    for (int64_t part = 1; part < parts; ++part) {
+      sum = add(sum, load_up_to(u + part * a.width() + first, valid));
+    }
+    store_shrunk<X>(a, out, t, first, sum);
+  }
 }
 
 // `count` things in `parts` runs, of which the first ones have one more than the rest.
@@ -133,17 +167,27 @@ struct Runs {
 
 FSSA_INLINE int64_t num_tiles(int64_t num_tokens) { return (num_tokens + kMaxRows - 1) / kMaxRows; }
 
+// Whether threads share out the parts of A as well: a single tile has fewer halves than there may be
+// threads.
+FSSA_INLINE bool shrinks_in_parts(const ModulatedLinearCall& a, int64_t num_tokens) {
+  return a.family != Family::kNone && a.family != Family::kFactors && num_tokens <= kMaxRows &&
+         a.shrink_parts() > 1;
+}
+
 template <typename A, typename X>
 FSSA_INLINE void shrink(const ModulatedLinearCall& a, const Input<X>& input, int64_t num_tokens,
                         Team& team) {
   const int64_t halves = a.shrink_halves(), tiles = num_tiles(num_tokens);
-  const Range mine = team.share(halves * tiles);
+  const int64_t parts = a.shrink_parts(), pieces = shrinks_in_parts(a, num_tokens) ? parts : 1;
+  const Range mine = team.share(tiles * halves * pieces);
   const Runs rows(num_tokens, tiles);
   FirstReads& due = team.due();
   Ahead ahead{nullptr, nullptr, due.begin(), due.end(), false};
   for (int64_t i = mine.first; i < mine.last; ++i) {
-    const int64_t first = rows.begin(i / halves), last = rows.begin(i / halves + 1);
-    shrink_tile_of<kMaxRows, A>(last - first, a, input, first, i % halves, ahead);
+    const int64_t tile = i / pieces / halves, half = i / pieces % halves, piece = i % pieces;
+    const int64_t first = rows.begin(tile), last = rows.begin(tile + 1);
+    const Range of_piece{parts * piece / pieces, parts * (piece + 1) / pieces};
+    shrink_tile_of<kMaxRows, A>(last - first, a, input, first, half, of_piece, ahead);
   }
   due.left_from(unread(ahead, due.begin()));
 }
@@ -160,7 +204,7 @@ FSSA_INLINE void mix(const ModulatedLinearCall& a, int64_t t) {
       float values[kHalfColumns];
       dots_any(u + first, core, a.slots[t] * a.rows.stride + (first + r) * a.rank, a.rank, num,
                values);
-      store_low_rank<X>(a, t * a.width() + first + r, load_up_to(values, num), num);
+      store_low_rank<X>(a, a.low_rank, t * a.width() + first + r, load_up_to(values, num), num);
     }
   }
 }
@@ -173,7 +217,7 @@ FSSA_INLINE void shrink_own(const ModulatedLinearCall& a, const Input<X>& input,
            a.width(), out);
 }
 
-// v of every row; the team has it once it has arrived after this.
+// v of every row, or its parts; the team has it once it has arrived after this.
 template <typename X>
 FSSA_INLINE void low_rank(const ModulatedLinearCall& a, const Input<X>& input, int64_t num_tokens,
                           Team& team) {
@@ -190,8 +234,22 @@ FSSA_INLINE void low_rank(const ModulatedLinearCall& a, const Input<X>& input, i
   if (a.family == Family::kCore) {
     team.barrier();
     const Range mine = team.share(num_tokens);
-    for (int64_t t = mine.first; t < mine.last; ++t) mix<X>(a, t);
+    for (int64_t t = mine.first; t < mine.last; ++t) {
+      if (shrinks_in_parts(a, num_tokens)) add_parts<X>(a, a.low_rank, t);
+      mix<X>(a, t);
+    }
   }
+}
+
+// Where v of every row is, after that. Of a few rows every thread adds up the parts for itself: that is
+// sooner done than waiting for one another again.
+template <typename X>
+FSSA_INLINE const float* low_rank_of(const ModulatedLinearCall& a, int64_t num_tokens,
+                                     const Team& team) {
+  if (!shrinks_in_parts(a, num_tokens) || a.family == Family::kCore) return a.low_rank;
+  float* const own = a.own + team.index() * kMostRows * a.width();
+  for (int64_t t = 0; t < num_tokens; ++t) add_parts<X>(a, own, t);
+  return own;
 }
 
 // acc += v B^T for kHalves halves of a panel, from half `first` on; the second one's v begins `apart`
@@ -219,11 +277,11 @@ FSSA_INLINE void expand_halves(const ModulatedLinearCall& a, const SpacedRows<kR
 
 // acc += v B^T for kRows rows and kHalves halves of a panel, from half `first` on.
 template <int kRows, int kHalves, typename V, typename B>
-FSSA_INLINE void expand_packed(const ModulatedLinearCall& a, int64_t t, int64_t panel, int first,
-                               Vec (&acc)[kRows][kHalves]) {
+FSSA_INLINE void expand_packed(const ModulatedLinearCall& a, const float* low_rank, int64_t t,
+                               int64_t panel, int first, Vec (&acc)[kRows][kHalves]) {
   const Half* halves = a.halves + 2 * panel + first;
   const SpacedRows<kRows, V> v(
-      reinterpret_cast<const V*>(a.low_rank) + t * a.width() + halves[0].split * a.rank, a.width());
+      reinterpret_cast<const V*>(low_rank) + t * a.width() + halves[0].split * a.rank, a.width());
   int64_t apart = 0;
   if constexpr (kHalves == 2) {
     if (halves[1].valid) apart = (halves[1].split - halves[0].split) * a.rank;
@@ -233,13 +291,13 @@ FSSA_INLINE void expand_packed(const ModulatedLinearCall& a, int64_t t, int64_t 
 
 // The same with each row's own B.
 template <int kRows, int kHalves>
-FSSA_INLINE void expand_own(const ModulatedLinearCall& a, int64_t t, int64_t panel, int first,
-                            Vec (&acc)[kRows][kHalves]) {
+FSSA_INLINE void expand_own(const ModulatedLinearCall& a, const float* low_rank, int64_t t,
+                            int64_t panel, int first, Vec (&acc)[kRows][kHalves]) {
   float term[kRows][kHalves][kHalfColumns] = {};
   for (int h = 0; h < kHalves; ++h) {
     const Half& half = a.halves[2 * panel + first + h];
     for (int r = 0; r < kRows; ++r) {
-      const float* v = a.low_rank + (t + r) * a.width();
+      const float* v = low_rank + (t + r) * a.width();
       dots_any(v + half.split * a.rank, a.lora_b,
                a.slots[t + r] * a.lora_b.user_stride + half.row * a.lora_b.stride, a.rank,
                half.valid, term[r][h]);

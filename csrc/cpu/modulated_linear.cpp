@@ -14,13 +14,15 @@ template <typename T, typename Copy>
 void for_each_packed(const void* packed, const PanelLayout& layout, int num_threads,
                      const Copy& copy) {
   constexpr int64_t kStep = sizeof(T) == 2 ? 2 : 1;  // consecutive k of one column
-  const int64_t k = layout.k, padded = (k + kStep - 1) / kStep * kStep;
+  const int64_t parts = layout.parts(), k = layout.k / parts;
+  const int64_t padded = (k + kStep - 1) / kStep * kStep;
   const int64_t columns = layout.panel_halves * kHalfColumns;
   run_team(num_threads, [&](Team& team) {
-    const Range mine = team.share(layout.num_halves / layout.panel_halves);
+    const Range mine = team.share(layout.num_halves / layout.panel_halves * parts);
     for (int64_t panel = mine.first; panel < mine.last; ++panel) {
-      const int64_t first = panel * layout.panel_halves;
-      const char* base = static_cast<const char*>(packed) + first * half_bytes(layout.dtype, k);
+      const int64_t first = panel / parts * layout.panel_halves, before = panel % parts * k;
+      const char* base = static_cast<const char*>(packed) +
+                         panel * layout.panel_halves * half_bytes(layout.dtype, k);
       const T* to = reinterpret_cast<const T*>(base);
       for (int64_t i = 0; i < padded; ++i) {
         for (int64_t lane = 0; lane < columns; ++lane) {
@@ -28,7 +30,7 @@ void for_each_packed(const void* packed, const PanelLayout& layout, int num_thre
           const int64_t column = lane % kHalfColumns;
           const bool real = column < half.valid && i < k;
           copy(to + (i / kStep * columns + lane) * kStep + i % kStep,
-               real ? half.row + column : -1, i);
+               real ? half.row + column : -1, before + i);
         }
       }
     }
@@ -95,11 +97,15 @@ std::vector<int64_t> ModulatedLinearCall::check_key() const {
 FirstReads ModulatedLinearCall::first_reads(const Team& team) const {
   FirstReads reads;
   if (family != Family::kNone && family != Family::kFactors) {
-    // Tile after tile of the shrink reads another half of A, from the first one round to it again.
-    const int64_t halves = shrink_halves(), rows = kernels().max_rows;
-    const Range mine = team.share(halves * ((count.get() + rows - 1) / rows));
-    const int64_t first = mine.first % halves, num = std::min(halves, mine.last - mine.first);
-    const int64_t before = std::max<int64_t>(0, first + num - halves);
+    // Tile after tile of the shrink reads another half of A, from the first one round to it again. Of
+    // a single tile threads read a panel after the other.
+    const int64_t rows = kernels().max_rows, tiles = (count.get() + rows - 1) / rows;
+    const int64_t parts = shrink_parts(), panels = shrink_halves() * parts;
+    const int64_t together = tiles > 1 ? parts : 1;
+    const Range share = team.share(panels / together * tiles);
+    const Range mine{share.first * together, share.last * together};
+    const int64_t first = mine.first % panels, num = std::min(panels, mine.last - mine.first);
+    const int64_t before = std::max<int64_t>(0, first + num - panels);
     if (num > 0) reads.add(shrink_span(first, num - before));
     if (before > 0) reads.add(shrink_span(0, before));
   }

@@ -3,8 +3,9 @@
 // Weights lie in panels of 32 output columns, two halves of 16, so that a step of the inner loop
 // reads two whole registers: fp32 [panel][K][32], bf16 [panel][K/2][32][2] (an odd K is padded by a
 // zero). A half belongs to one projection; where projections are multiplied in the epilogue, the
-// two halves of a panel are the same columns of both. A, whose columns are few, lies in panels of
-// one half each. Panels of bf16 may be compressed (compressed.h).
+// two halves of a panel are the same columns of both. A, whose rows are few, lies in panels of one
+// half each, and of a part of its K columns, which threads share out where rows of x are few. Panels
+// of bf16 may be compressed (compressed.h).
 #pragma once
 
 #include <cstdint>
@@ -19,6 +20,7 @@ enum class Epilogue : int { kNone = 0, kSiluMul = 1, kGeluTanhMul = 2 };
 
 constexpr int kHalfColumns = 16;
 constexpr int kPanelColumns = 2 * kHalfColumns;
+constexpr int kMostRows = 12;  // that a tile has, whatever the instruction set
 
 // Sixteen output columns: rows row .. row + valid of the stacked matrix.
 struct Half {
@@ -38,6 +40,16 @@ inline int64_t panel_bytes(DType dtype, int64_t k, int64_t header_bytes = 0, int
                            : halves * half_bytes(dtype, k);
 }
 
+// How many equally long parts the K columns of A lie in: four, if each is long enough to be compressed
+// and to be worth its thread. Every product with A is the sum of one sum for each part, in order,
+// so that no bit depends on who takes which.
+inline int64_t shrink_parts(int64_t k) {
+  constexpr int64_t kShortest = 128, kStep = 8;
+  int64_t parts = 4;
+  while (parts > 1 && (k % (parts * kStep) != 0 || k / parts < kShortest)) parts /= 2;
+  return parts;
+}
+
 // How a matrix [*, K] lies in panels of `panel_halves` halves.
 struct PanelLayout {
   DType dtype = DType::kFloat32;
@@ -45,6 +57,8 @@ struct PanelLayout {
   const Half* halves = nullptr;
   int64_t num_halves = 0;  // a multiple of panel_halves
   int64_t panel_halves = 2;
+
+  int64_t parts() const { return panel_halves == 1 ? shrink_parts(k) : 1; }
 };
 
 // Lays a row-major matrix [N, K] out in panels at `out`.
@@ -99,6 +113,8 @@ struct ModulatedLinearCall final : Call {
   const int32_t* slots = nullptr;
   const Half* halves = nullptr;
   float* low_rank = nullptr;  // [T,S*R] scratch
+  float* partial = nullptr;   // [kMostRows,parts,S*R] scratch
+  float* own = nullptr;       // [threads,kMostRows,S*R] scratch
   float* unmixed = nullptr;   // [T,S*R] scratch; core only
   float* widened = nullptr;   // [T,K] scratch; x of bf16 only
   int64_t num_halves = 0;     // even
@@ -119,11 +135,14 @@ struct ModulatedLinearCall final : Call {
   const char* panel(int64_t index) const {
     return static_cast<const char*>(weight) + index * panel_bytes();
   }
+  int64_t shrink_parts() const { return cpu::shrink_parts(in_features); }
+  int64_t part_columns() const { return in_features / shrink_parts(); }
   int64_t shrink_bytes() const {
-    return cpu::panel_bytes(lora_a.dtype, in_features, lora_a.header_bytes, 1);
+    return cpu::panel_bytes(lora_a.dtype, part_columns(), lora_a.header_bytes, 1);
   }
-  const char* shrink_panel(int64_t half) const {
-    return static_cast<const char*>(lora_a.data) + half * shrink_bytes();
+  // Part after part of one half after the other.
+  const char* shrink_panel(int64_t index) const {
+    return static_cast<const char*>(lora_a.data) + index * shrink_bytes();
   }
   int64_t expand_bytes() const {
     return cpu::panel_bytes(lora_b.dtype, rank, lora_b.header_bytes);

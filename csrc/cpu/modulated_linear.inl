@@ -56,8 +56,8 @@ FSSA_INLINE void multiply_panel(const ModulatedLinearCall& a, const Input<X>& in
 }
 
 // Rows [t, t + kRows) of one panel, from the product to the stored result, as many halves at a time
-// as the registers hold sums of. `ready` is called once the product is done and before the low-rank
-// term is needed. Sums are named by constants alone, in loops that are unrolled: so they stay in
+// as the registers hold sums of. `ready` says where v is, once the product is done and before the
+// low-rank term is needed. Sums are named by constants alone, in loops that are unrolled: so they stay in
 // registers.
 template <int kRows, typename T, typename X, typename Ready>
 FSSA_NOINLINE void tile(const ModulatedLinearCall& a, const Input<X>& input, int64_t t,
@@ -75,14 +75,14 @@ FSSA_NOINLINE void tile(const ModulatedLinearCall& a, const Input<X>& input, int
       for (int h = 0; h < kHalves; ++h) acc[r][h] = broadcast(0.0f);
     }
     multiply_panel<T>(a, input, t, panel, first, acc, ahead);
-    ready();
+    const float* const low_rank = ready();
     if (a.family == Family::kFactors) {
-      expand_own(a, t, panel, first, acc);
+      expand_own(a, low_rank, t, panel, first, acc);
     } else if (a.family != Family::kNone) {
       if (a.lora_b.dtype == DType::kFloat32) {
-        expand_packed<kRows, kHalves, float, float>(a, t, panel, first, acc);
+        expand_packed<kRows, kHalves, float, float>(a, low_rank, t, panel, first, acc);
       } else {
-        expand_packed<kRows, kHalves, X, BFloat16>(a, t, panel, first, acc);
+        expand_packed<kRows, kHalves, X, BFloat16>(a, low_rank, t, panel, first, acc);
       }
     }
     const Half* halves = a.halves + 2 * panel + first;
@@ -123,13 +123,14 @@ FSSA_INLINE void tile_of(int64_t rows, const ModulatedLinearCall& a, const Input
   tile<kRows, T>(a, input, t, panel, ready, ahead);
 }
 
-// This thread's part of `tiles`. Each is two halves wide, and a tile of the shrink is one, so that
-// whoever had more of that gets less of this.
-FSSA_INLINE Range product_share(const Team& team, int64_t shrink_tiles, int64_t tiles) {
-  if (2 * tiles < team.size()) return team.share(tiles);
-  const int64_t all = 2 * tiles + shrink_tiles, size = team.size();
+// This thread's part of `tiles`. Each takes as long as `worth` pieces of the shrink, so that whoever
+// had more of those gets less of these.
+FSSA_INLINE Range product_share(const Team& team, int64_t shrink_pieces, int64_t worth,
+                                int64_t tiles) {
+  if (worth * tiles < team.size()) return team.share(tiles);
+  const int64_t all = worth * tiles + shrink_pieces, size = team.size();
   const auto bound = [&](int64_t index) {
-    return (all * index / size - shrink_tiles * index / size) / 2;
+    return (all * index / size - shrink_pieces * index / size) / worth;
   };
   return {bound(team.index()), bound(team.index() + 1)};
 }
@@ -173,8 +174,11 @@ FSSA_INLINE void product(const ModulatedLinearCall& a, const Input<X>& input, in
                          Team& team, const Ready& ready) {
   const Tiles tiles(a.num_panels(), num_tokens, a.in_features * static_cast<int64_t>(sizeof(X)));
   const bool shrinks = a.family != Family::kNone && a.family != Family::kFactors;
+  // A tile is two halves wide.
+  const int64_t pieces = shrinks_in_parts(a, num_tokens) ? a.shrink_parts() : 1;
   const Range mine =
-      product_share(team, shrinks ? a.shrink_halves() * tiles.tiles : 0, tiles.size());
+      product_share(team, shrinks ? a.shrink_halves() * tiles.tiles * pieces : 0, 2 * pieces,
+                    tiles.size());
   // Where the memory binds, a tile that was brought for one thread would cost another the same
   // again.
   const bool offered = tiles.tiles > 1 && team.size() > 1 && tiles.size() <= Share::kMaxPieces;
@@ -232,10 +236,15 @@ FSSA_INLINE void modulated_linear_of(const ModulatedLinearCall& a, const Input<X
   }
   // The others' part of the low-rank term is waited for when the first product is done: by then
   // they have long had it.
+  const float* v = nullptr;
   bool waited = !modulated;
   const auto ready = [&] {
-    if (!waited) team.wait();
+    if (!waited) {
+      team.wait();
+      v = low_rank_of<X>(a, num_tokens, team);
+    }
     waited = true;
+    return v;
   };
   product<T>(a, input, num_tokens, team, ready);
   ready();

@@ -162,15 +162,16 @@ def test_an_exception_is_the_number_it_stands_for():
     splits=st.lists(st.integers(1, 70), min_size=1, max_size=3),
     pair=st.booleans(),
     rank=st.sampled_from([8, 64, 100, 256]),
+    parts=st.sampled_from([1, 2, 4]),
     seed=st.integers(0, 99),
 )
 def test_low_rank_terms_are_bitwise_those_of_plain_panels(
-    family, num_tokens, splits, pair, rank, seed
+    family, num_tokens, splits, pair, rank, parts, seed
 ):
     """So is A, and B where its rank is large; projections of a stack share its panels."""
     if pair:
         splits = splits[:1] * 2
-    width, num_users = 128 + 8 * (seed % 20), 3
+    width, num_users = parts * (128 + 8 * (seed % 20)), 3
     layout = dict(splits=splits, paired=pair)
     matrices = dict(
         weight=(weights(sum(splits), width, seed), layout),

@@ -96,6 +96,33 @@ def test_result_does_not_depend_on_the_number_of_threads(num_tokens, in_features
         assert torch.equal(native(inputs), one)
 
 
+@pytest.mark.usefixtures("each_instruction_set")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", ["static", "gated", "core"])
+@pytest.mark.parametrize(("width", "parts"), [(256, 2), (512, 4)])
+def test_no_bit_depends_on_who_takes_which_part_of_a(width, parts, family, dtype):
+    """Threads share out the parts of a tile that is alone, and leave those of several together."""
+    assert NATIVE.shrink_parts(width) == parts
+    inputs = make(dtype, family=family, num_tokens=27, in_features=width, splits=(37, 18), rank=20)
+    check_as_good_as_torch(inputs, dtype)
+    torch.set_num_threads(1)
+    whole = native(inputs)
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        for rows in ([0], [26], [3, 8], list(range(4, 16)), list(range(13)), list(range(27))):
+            part = {**inputs, "x": inputs["x"][rows]}
+            if "slots" in inputs:
+                part["slots"] = inputs["slots"][rows]
+            assert torch.equal(native(part), whole[rows]), (threads, rows)
+
+
+@pytest.mark.parametrize(
+    ("width", "parts"), [(0, 1), (1, 1), (128, 1), (264, 1), (272, 2), (576, 4), (1000, 1)]
+)
+def test_a_lies_in_as_many_parts_as_are_equal_and_long(width, parts):
+    assert NATIVE.shrink_parts(width) == parts
+
+
 def test_calls_from_several_threads_do_not_disturb_each_other():
     inputs = make(torch.float32, family="core", num_tokens=66, in_features=77, splits=(137, 18))
     expected, results = native(inputs), []
@@ -221,7 +248,7 @@ def test_auto_does_not_pack_for_one_call():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("splits", [(1,), (16,), (33,), (17, 5, 40), (16, 16)], ids=str)
-@pytest.mark.parametrize("width", [1, 2, 7, 64])
+@pytest.mark.parametrize("width", [1, 2, 7, 64, 256, 512])
 def test_packing_is_undone_to_the_bit(dtype, splits, width):
     matrix = torch.randn(sum(splits), width + 3).to(dtype)[:, 1 : 1 + width]
     matrix[0, 0] = float("nan")

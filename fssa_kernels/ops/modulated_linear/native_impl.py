@@ -105,6 +105,8 @@ def modulated_linear_native(
     y = empty_apart(x, (num_tokens, num_columns), x.dtype)
     rank = num_users = 0
     low_rank: Tensor | None = None
+    partial: Tensor | None = None
+    own: Tensor | None = None
     unmixed: Tensor | None = None
     widened: Tensor | None = None
     if x.dtype == torch.bfloat16:
@@ -122,9 +124,12 @@ def modulated_linear_native(
         shrink = lora_a if isinstance(lora_a, PackedMatrix) else _pack(lora_a, narrow=True)
         expand = _packed(lora_b, splits, epilogue)
         rank, num_users = expand.shape[1], 0 if rows is None else rows.shape[0]
-        low_rank = empty(x, (num_tokens, len(splits) * rank), torch.float32)
+        width, most_rows = len(splits) * rank, NATIVE.MOST_ROWS
+        low_rank = empty(x, (num_tokens, width), torch.float32)
+        partial = empty(x, (most_rows, NATIVE.shrink_parts(in_features) * width), torch.float32)
+        own = empty(x, (torch.get_num_threads(), most_rows * width), torch.float32)
         if family == "core":
-            unmixed = empty(x, (num_tokens, len(splits) * rank), torch.float32)
+            unmixed = empty(x, (num_tokens, width), torch.float32)
     call = NATIVE.modulated_linear(
         rows_of(x),
         y.data_ptr(),
@@ -143,6 +148,8 @@ def modulated_linear_native(
         packed.halves.data_ptr(),
         len(packed.halves),
         address(low_rank),
+        address(partial),
+        address(own),
         address(unmixed),
         address(widened),
         len(splits),

@@ -3,7 +3,15 @@
 import torch
 from torch import Tensor
 
-from fssa_kernels.native import DTYPE_CODES, NATIVE, empty, empty_apart, launch, rows_of, unsupported
+from fssa_kernels.native import (
+    DTYPE_CODES,
+    NATIVE,
+    empty,
+    empty_apart,
+    launch,
+    rows_of,
+    unsupported,
+)
 
 
 def cannot_native(

@@ -2,7 +2,15 @@
 
 from torch import Tensor
 
-from fssa_kernels.native import DTYPE_CODES, NATIVE, address, empty_apart, launch, rows_of, unsupported
+from fssa_kernels.native import (
+    DTYPE_CODES,
+    NATIVE,
+    address,
+    empty_apart,
+    launch,
+    rows_of,
+    unsupported,
+)
 
 
 def cannot_native(
