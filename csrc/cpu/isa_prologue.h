@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "isa.h"
+#include "machine.h"
 #include "modulated_linear.h"
 #include "paged_attention.h"
 #include "residual_film_rms_norm.h"

@@ -1,7 +1,7 @@
 // Walks through the weights of two products, one after the other in every step, as a thread of
 // csrc/cpu does, and notes what is asked for ahead and when it is read. On standard input: rows,
 // columns of x, panels of either product, bytes of a header (0: weights are not compressed), threads,
-// thread. Prints, of the second step: lines read,
+// thread, bytes of the first-level cache. Prints, of the second step: lines read,
 // those not asked for before, requests, and how many bytes were read between a line's request and
 // itself, at least and at most.
 #include <cstdint>
@@ -64,6 +64,8 @@ void put_together(const char* unit, Codebook, Pairs (&)[2]) {
 #include "low_rank.inl"
 #include "panel_reads.inl"
 
+long cache_bytes;
+int64_t first_cache_bytes() { return cache_bytes; }
 const Kernels& kernels() { std::abort(); }
 void ModulatedLinearCall::check() const {}
 std::vector<int64_t> ModulatedLinearCall::check_key() const { return {}; }
@@ -131,8 +133,8 @@ void walk(const ModulatedLinearCall& call, Team& team) {
 int main() {
   using namespace fssa::cpu;
   long rows, columns, panels[2], header_bytes, threads, thread;
-  if (std::scanf("%ld %ld %ld %ld %ld %ld %ld", &rows, &columns, panels, panels + 1,
-                 &header_bytes, &threads, &thread) != 7) {
+  if (std::scanf("%ld %ld %ld %ld %ld %ld %ld %ld", &rows, &columns, panels, panels + 1,
+                 &header_bytes, &threads, &thread, &cache_bytes) != 8) {
     return 1;
   }
   ModulatedLinearCall calls[2];
