@@ -252,33 +252,35 @@ FSSA_INLINE const float* low_rank_of(const ModulatedLinearCall& a, int64_t num_t
   return own;
 }
 
+// What a step of the product with B asks for.
+constexpr int kEarlyBytes = 64;
+
 // acc += v B^T for kHalves halves of a panel, from half `first` on; the second one's v begins `apart`
-// numbers after the first one's. These few steps ask for nothing that is read later: measured, a step
-// is faster so.
+// numbers after the first one's.
 template <typename B, int kRows, int kHalves, typename V>
 FSSA_INLINE void expand_halves(const ModulatedLinearCall& a, const SpacedRows<kRows, V>& v,
                                int64_t panel, int first, int64_t apart,
-                               Vec (&acc)[kRows][kHalves]) {
-  Ahead nothing{};
+                               Vec (&acc)[kRows][kHalves], Ahead& ahead) {
   if constexpr (kReadsCompressed && kHalves == 2 && sizeof(B) == 2 && sizeof(V) == 2) {
     if (a.lora_b.header_bytes != 0) {
-      accumulate_compressed(v, a.expand_panel(panel), a.lora_b.header_bytes, a.rank, acc, nothing,
+      accumulate_compressed(v, a.expand_panel(panel), a.lora_b.header_bytes, a.rank, acc, ahead,
                             apart);
       return;
     }
   }
   const B* b = half_at<B>(a.expand_panel(panel), 0, first);
   if (kHalves == 1 || apart == 0) {  // Both halves multiply the same numbers: read once.
-    accumulate(v, b, a.rank, acc, nothing);
+    accumulate<kEarlyBytes>(v, b, a.rank, acc, ahead);
   } else {
-    accumulate(v, b, a.rank, acc, nothing, kPanelColumns, apart);
+    accumulate<kEarlyBytes>(v, b, a.rank, acc, ahead, kPanelColumns, apart);
   }
 }
 
 // acc += v B^T for kRows rows and kHalves halves of a panel, from half `first` on.
 template <int kRows, int kHalves, typename V, typename B>
 FSSA_INLINE void expand_packed(const ModulatedLinearCall& a, const float* low_rank, int64_t t,
-                               int64_t panel, int first, Vec (&acc)[kRows][kHalves]) {
+                               int64_t panel, int first, Vec (&acc)[kRows][kHalves],
+                               Ahead& brought) {
   const Half* halves = a.halves + 2 * panel + first;
   const SpacedRows<kRows, V> v(
       reinterpret_cast<const V*>(low_rank) + t * a.width() + halves[0].split * a.rank, a.width());
@@ -286,7 +288,9 @@ FSSA_INLINE void expand_packed(const ModulatedLinearCall& a, const float* low_ra
   if constexpr (kHalves == 2) {
     if (halves[1].valid) apart = (halves[1].split - halves[0].split) * a.rank;
   }
-  expand_halves<B>(a, v, panel, first, apart, acc);
+  Ahead ahead = early_requests(brought);
+  expand_halves<B>(a, v, panel, first, apart, acc, ahead);
+  count_early(brought, ahead);
 }
 
 // The same with each row's own B.

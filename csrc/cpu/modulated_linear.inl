@@ -80,9 +80,9 @@ FSSA_NOINLINE void tile(const ModulatedLinearCall& a, const Input<X>& input, int
       expand_own(a, low_rank, t, panel, first, acc);
     } else if (a.family != Family::kNone) {
       if (a.lora_b.dtype == DType::kFloat32) {
-        expand_packed<kRows, kHalves, float, float>(a, low_rank, t, panel, first, acc);
+        expand_packed<kRows, kHalves, float, float>(a, low_rank, t, panel, first, acc, ahead);
       } else {
-        expand_packed<kRows, kHalves, X, BFloat16>(a, low_rank, t, panel, first, acc);
+        expand_packed<kRows, kHalves, X, BFloat16>(a, low_rank, t, panel, first, acc, ahead);
       }
     }
     const Half* halves = a.halves + 2 * panel + first;

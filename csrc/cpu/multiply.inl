@@ -8,7 +8,8 @@ namespace FSSA_ISA {
 // several tiles read the same, for half of that: a core that asks for more than the memory brings
 // waits for it, and makes up for nothing while it asks for none. The first piece is `passing` where it
 // is a weight read once a step: so what is smaller than the last cache and read in every step too
-// (A, B, keys and values) stays there.
+// (A, B, keys and values) stays there. `early` bytes were asked for while nothing was read that counts:
+// the steps that follow leave as many out.
 struct Ahead {
   const char* at;
   const char* end;
@@ -16,6 +17,7 @@ struct Ahead {
   Span* queue_end;
   bool halved;
   bool passing = false;
+  int64_t early = 0;
 };
 
 constexpr int64_t kStepBytes = kPanelColumns * 4;
@@ -39,14 +41,41 @@ FSSA_INLINE void fetch(Ahead& ahead) {
   ahead.at += kBytes;
 }
 
+// The same, unless as much was asked for early.
+template <int kBytes>
+FSSA_INLINE void fetch_due(Ahead& ahead) {
+  if (ahead.early >= kBytes) {
+    ahead.early -= kBytes;
+  } else {
+    fetch<kBytes>(ahead);
+  }
+}
+
 // The same for a step of any tile: half of it where half is enough.
 template <int kBytes>
 FSSA_INLINE void fetch_some(Ahead& ahead) {
   if (ahead.halved) {
     fetch<kBytes / 2>(ahead);
   } else {
-    fetch<kBytes>(ahead);
+    fetch_due<kBytes>(ahead);
   }
+}
+
+// What may be asked for beside a few steps that read something else, so that the memory does not stand
+// still meanwhile: nothing but of what is read once.
+FSSA_INLINE Ahead early_requests(const Ahead& brought) {
+  Ahead ahead = brought.passing ? brought : Ahead{};
+  ahead.early = 0;
+  return ahead;
+}
+
+// After those steps. Without this the requests would run further ahead with every panel, until the
+// first-level cache did not hold them any more.
+FSSA_INLINE void count_early(Ahead& brought, const Ahead& ahead) {
+  if (!brought.passing) return;
+  const int64_t before = brought.early, asked = ahead.at - brought.at;
+  brought = ahead;
+  brought.early = before + (ahead.passing ? asked : 0);
 }
 
 // Asks for all that is left.
@@ -167,12 +196,12 @@ template <int kBytes, bool kHalved, int kRows, int kHalves, typename Rows, typen
 FSSA_INLINE void add_eights(Rows& x, const uint32_t*& w, int64_t eights,
                             Vec (&acc)[kRows][kHalves], Ahead& ahead, int64_t step, Apart apart) {
   for (const uint32_t* const end = w + 4 * eights * step; w != end; w += 4 * step) {
-    fetch<2 * kBytes>(ahead);
+    fetch_due<2 * kBytes>(ahead);
     add_column<0>(x, w, acc, apart);
     add_column<1>(x, w, acc, apart);
     add_column<2>(x, w + step, acc, apart);
     add_column<3>(x, w + step, acc, apart);
-    if constexpr (!kHalved) fetch<2 * kBytes>(ahead);
+    if constexpr (!kHalved) fetch_due<2 * kBytes>(ahead);
     add_column<4>(x, w + 2 * step, acc, apart);
     add_column<5>(x, w + 2 * step, acc, apart);
     add_column<6>(x, w + 3 * step, acc, apart);

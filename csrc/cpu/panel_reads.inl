@@ -53,7 +53,8 @@ class PanelReads {
     const bool halved = several_ && asked_ >= call_.panel(panel + 1);
     if (reaches_next_call(panel)) {
       FirstReads& upcoming = team_.upcoming();
-      return {asked_, stop, upcoming.begin(), upcoming.end(), halved, once_};
+      return {asked_, stop, upcoming.begin(), upcoming.end(), halved, once_,
+              early_};
     }
     const char* const from = panel == last_ ? call_.panel(0) : asked_;
     asked_ = panel == last_ ? call_.panel(1)
@@ -66,6 +67,7 @@ class PanelReads {
     if (reaches_next_call(panel)) {
       FirstReads& upcoming = team_.upcoming();
       asked_ = ahead.queue == upcoming.begin() ? ahead.at : call_.panel(last_ + 1);
+      early_ = ahead.early;
       upcoming.left_from(unread(ahead, upcoming.begin()));
     } else {
       if (ahead.queue == queue_ && ahead.at < asked_) asked_ = ahead.at;
@@ -99,7 +101,7 @@ class PanelReads {
   const bool once_, several_;
   Span* queue_;
   const char* asked_ = nullptr;
-  int64_t last_ = 0;
+  int64_t last_ = 0, early_ = 0;
   bool ends_ = false;
 };
 

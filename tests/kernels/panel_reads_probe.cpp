@@ -1,7 +1,7 @@
 // Walks through the weights of two products, one after the other in every step, as a thread of
 // csrc/cpu does, and notes what is asked for ahead and when it is read. On standard input: rows,
 // columns of x, panels of either product, bytes of a header (0: weights are not compressed), threads,
-// thread, bytes of the first-level cache. Prints, of the second step: lines read,
+// thread, bytes of the first-level cache, rank of a low-rank term. Prints, of the second step: lines read,
 // those not asked for before, requests, and how many bytes were read between a line's request and
 // itself, at least and at most.
 #include <cstdint>
@@ -88,6 +88,13 @@ void walk_compressed(const ModulatedLinearCall& call, int64_t panel, Ahead& ahea
                         call.in_features, acc, ahead);
 }
 
+// The steps of a low-rank term, which read nothing of the weight.
+void walk_expand(const ModulatedLinearCall& call, Ahead& brought) {
+  Ahead ahead = early_requests(brought);
+  for (int64_t pair = 0; pair < call.rank / 2; ++pair) fetch_some<kEarlyBytes>(ahead);
+  count_early(brought, ahead);
+}
+
 // What a thread reads of one product, and asks for, tile by tile. Up to three rows in steps of one
 // column pair, more of them in steps of four, as `accumulate` takes them.
 void walk(const ModulatedLinearCall& call, Team& team) {
@@ -102,6 +109,7 @@ void walk(const ModulatedLinearCall& call, Team& team) {
       first_tile = tile == 0;
       if (call.header_bytes != 0) {
         walk_compressed(call, panel, ahead);
+        walk_expand(call, ahead);
         continue;
       }
       for (int first = 0; first < 2; first += both_halves ? 2 : 1) {
@@ -117,10 +125,11 @@ void walk(const ModulatedLinearCall& call, Team& team) {
             fetch_some<kStepBytes / 2>(ahead);
           } else if (pair % 4 == 3) {
             const int times = (both_halves ? 2 : 1) * (ahead.halved ? 1 : 2);
-            for (int i = 0; i < times; ++i) fetch<kStepBytes>(ahead);
+            for (int i = 0; i < times; ++i) fetch_due<kStepBytes>(ahead);
           }
         }
       }
+      walk_expand(call, ahead);
     }
     reads.leave(panel, ahead);
   }
@@ -132,15 +141,16 @@ void walk(const ModulatedLinearCall& call, Team& team) {
 
 int main() {
   using namespace fssa::cpu;
-  long rows, columns, panels[2], header_bytes, threads, thread;
-  if (std::scanf("%ld %ld %ld %ld %ld %ld %ld %ld", &rows, &columns, panels, panels + 1,
-                 &header_bytes, &threads, &thread, &cache_bytes) != 8) {
+  long rows, columns, panels[2], header_bytes, threads, thread, rank;
+  if (std::scanf("%ld %ld %ld %ld %ld %ld %ld %ld %ld", &rows, &columns, panels, panels + 1,
+                 &header_bytes, &threads, &thread, &cache_bytes, &rank) != 9) {
     return 1;
   }
   ModulatedLinearCall calls[2];
   for (int i = 0; i < 2; ++i) {
     calls[i].dtype = fssa::DType::kBFloat16;
     calls[i].in_features = columns;
+    calls[i].rank = rank;
     calls[i].num_halves = 2 * panels[i];
     calls[i].count.fixed = rows;
     calls[i].header_bytes = header_bytes;

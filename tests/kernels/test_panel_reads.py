@@ -29,12 +29,16 @@ def program(tmp_path_factory):
     header_lines=st.integers(0, 3),
     thread=st.sampled_from([(1, 0), (2, 0), (2, 1), (4, 3)]),
     cache=st.sampled_from(list(LEADS)),
+    rank=st.integers(0, 64),
 )
 def test_every_line_is_asked_for_once_before_it_is_read(
-    program, rows, columns, panels, header_lines, thread, cache
+    program, rows, columns, panels, header_lines, thread, cache, rank
 ):
-    """With a header, of compressed weights."""
-    arguments = " ".join(map(str, (rows, columns, *panels, LINE * header_lines, *thread, cache)))
+    """With a header, of compressed weights; what is asked for beside a low-rank term is left out later,
+    or with every panel the requests would run further ahead."""
+    arguments = " ".join(
+        map(str, (rows, columns, *panels, LINE * header_lines, *thread, cache, rank))
+    )
     result = subprocess.run(
         [program], input=arguments, capture_output=True, text=True, timeout=60, check=True
     )
@@ -46,14 +50,16 @@ def test_every_line_is_asked_for_once_before_it_is_read(
     own = [count * (index + 1) // size - count * index // size for count in panels]
     assert reads == panel_lines * sum(own)
     assert unasked == 0
-    # A step of compressed weights reads three lines, and need not end where a piece of memory does.
-    step = 3 if header_lines else 1
+    # A step of compressed weights reads three lines, and need not end where a piece of memory does;
+    # nor does one of two lines, after a single one for a step of the low-rank term.
+    step = 3 if header_lines else 2 if rank > 1 else 1
     if rows <= ROWS_READ_ONCE or not header_lines:
         assert reads <= requests <= reads + 2 * (step - 1)
     else:  # half of three lines is asked for as two
         assert requests <= 3 / 2 * reads
     if rows <= ROWS_READ_ONCE:
-        assert furthest <= LEADS[cache] + (step - 1) * LINE
+        early = rank // 2 * LINE  # beside the steps of the low-rank term
+        assert furthest <= LEADS[cache] + early + 2 * (step - 1) * LINE
         if panel_lines * LINE >= LEADS[cache]:
             assert nearest >= LEADS[cache] - (step + 1) * LINE
     else:
