@@ -21,6 +21,7 @@ struct Ahead {
 };
 
 constexpr int64_t kStepBytes = kPanelColumns * 4;
+constexpr int64_t kLongestStep = kUnitBytes;  // of compressed weights
 
 template <int kBytes>
 FSSA_INLINE void fetch(Ahead& ahead) {
@@ -62,9 +63,9 @@ FSSA_INLINE void fetch_some(Ahead& ahead) {
 }
 
 // What may be asked for beside a few steps that read something else, so that the memory does not stand
-// still meanwhile: nothing but of what is read once.
+// still meanwhile: nothing but of what is read once, and nothing before the last ones were made up for.
 FSSA_INLINE Ahead early_requests(const Ahead& brought) {
-  Ahead ahead = brought.passing ? brought : Ahead{};
+  Ahead ahead = brought.passing && brought.early < kLongestStep ? brought : Ahead{};
   ahead.early = 0;
   return ahead;
 }
@@ -72,7 +73,7 @@ FSSA_INLINE Ahead early_requests(const Ahead& brought) {
 // After those steps. Without this the requests would run further ahead with every panel, until the
 // first-level cache did not hold them any more.
 FSSA_INLINE void count_early(Ahead& brought, const Ahead& ahead) {
-  if (!brought.passing) return;
+  if (ahead.end == nullptr) return;
   const int64_t before = brought.early, asked = ahead.at - brought.at;
   brought = ahead;
   brought.early = before + (ahead.passing ? asked : 0);

@@ -39,6 +39,7 @@ class PanelReads {
       asked_ = start <= left && left <= next ? left : start;
       const char* const due_now = earlier(start + lead_bytes(), call_.panel(last + 1));
       for (; asked_ < due_now; asked_ += 64) prefetch_passing(asked_);
+      early_ = asked_ - due_now;
     } else {
       // Of the panel that the thread begins with comes before all else what the calls before have
       // left, unless that is most of it: then it would be asked for when it is read, and so would
