@@ -197,12 +197,12 @@ template <int kBytes, bool kHalved, int kRows, int kHalves, typename Rows, typen
 FSSA_INLINE void add_eights(Rows& x, const uint32_t*& w, int64_t eights,
                             Vec (&acc)[kRows][kHalves], Ahead& ahead, int64_t step, Apart apart) {
   for (const uint32_t* const end = w + 4 * eights * step; w != end; w += 4 * step) {
-    fetch_due<2 * kBytes>(ahead);
+    fetch<2 * kBytes>(ahead);
     add_column<0>(x, w, acc, apart);
     add_column<1>(x, w, acc, apart);
     add_column<2>(x, w + step, acc, apart);
     add_column<3>(x, w + step, acc, apart);
-    if constexpr (!kHalved) fetch_due<2 * kBytes>(ahead);
+    if constexpr (!kHalved) fetch<2 * kBytes>(ahead);
     add_column<4>(x, w + 2 * step, acc, apart);
     add_column<5>(x, w + 2 * step, acc, apart);
     add_column<6>(x, w + 3 * step, acc, apart);

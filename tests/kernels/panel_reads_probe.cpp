@@ -125,7 +125,7 @@ void walk(const ModulatedLinearCall& call, Team& team) {
             fetch_some<kStepBytes / 2>(ahead);
           } else if (pair % 4 == 3) {
             const int times = (both_halves ? 2 : 1) * (ahead.halved ? 1 : 2);
-            for (int i = 0; i < times; ++i) fetch_due<kStepBytes>(ahead);
+            for (int i = 0; i < times; ++i) fetch<kStepBytes>(ahead);
           }
         }
       }

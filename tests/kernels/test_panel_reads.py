@@ -4,7 +4,7 @@ notes every request and every line that is read."""
 import subprocess
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.kernels.test_native_threads import COMPILER, compiled
@@ -31,6 +31,8 @@ def program(tmp_path_factory):
     cache=st.sampled_from(list(LEADS)),
     rank=st.integers(0, 64),
 )
+# What one product asked for early, the next one has to leave out.
+@example(rows=1, columns=72, panels=(4, 4), header_lines=0, thread=(1, 0), cache=32 * 1024, rank=18)
 def test_every_line_is_asked_for_once_before_it_is_read(
     program, rows, columns, panels, header_lines, thread, cache, rank
 ):
@@ -52,14 +54,17 @@ def test_every_line_is_asked_for_once_before_it_is_read(
     assert unasked == 0
     # A step of compressed weights reads three lines, and need not end where a piece of memory does;
     # nor does one of two lines, after a single one for a step of the low-rank term.
-    step = 3 if header_lines else 2 if rank > 1 else 1
-    if rows <= ROWS_READ_ONCE or not header_lines:
+    early = rank // 2 if rows <= ROWS_READ_ONCE else 0
+    step = 3 if header_lines else 2 if early else 1
+    if early:
         assert abs(requests - reads) <= 4 * (step - 1)  # either end of the step, of two products
+    elif rows <= ROWS_READ_ONCE or not header_lines:
+        assert reads <= requests <= reads + 2 * (step - 1)
     else:  # half of three lines is asked for as two
         assert requests <= 3 / 2 * reads
     if rows <= ROWS_READ_ONCE:
-        early = rank // 2 * LINE  # beside the steps of the low-rank term
-        assert furthest <= LEADS[cache] + early + (step + 2) * LINE
+        slack = early + step + 2 if early else step - 1
+        assert furthest <= LEADS[cache] + slack * LINE
         if panel_lines * LINE >= LEADS[cache]:
             assert nearest >= LEADS[cache] - (step + 1) * LINE
     else:
