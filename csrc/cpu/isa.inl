@@ -2,6 +2,7 @@
 // has set the compiler's target by then, so no template of the standard library may be used from
 // here on: the linker could keep that copy for files that run on lesser machines.
 #include "math.inl"
+#include "ahead.inl"
 #include "multiply.inl"
 #ifdef FSSA_BF16_DOT
 #include "compressed.inl"

@@ -23,6 +23,15 @@ FSSA_INLINE void prefetch_passing(const void* p) {
 #endif
 }
 
+// The same into the second-level cache.
+FSSA_INLINE void prefetch_second(const void* p) {
+#if defined(__GNUC__)
+  __builtin_prefetch(p, 0, 2);
+#else
+  (void)p;
+#endif
+}
+
 // The same for a line that is going to be written: it is this core's alone once it is there.
 FSSA_INLINE void prefetch_to_write(const void* p) {
 #if defined(__GNUC__)

@@ -1,20 +1,30 @@
 // What a product asks for ahead, while a thread computes its panels one after the other.
 namespace FSSA_ISA {
 
-// How far ahead of what it reads a thread asks where it reads every panel once: enough for what the
-// memory brings while a line is under way, and little enough to stay in the first-level cache. Ten
-// kilobytes were chosen on one of 48 (Zen 5), four on one of 32 (Zen 4), where ten were slower.
-FSSA_INLINE int64_t lead_bytes() {
-  return (first_cache_bytes() < 48 * 1024 ? 4 : 10) * 1024;
+// How a thread asks for panels that it reads once, and how far ahead of what it reads.
+struct Lead {
+  Request request;
+  int64_t bytes;
+};
+
+// Far enough ahead for what the memory brings while a line is under way, and near enough to stay in the
+// first-level cache: ten kilobytes were chosen on one of 48 (Zen 5), four on one of 32 (Zen 4), where
+// ten were slower. There a core that multiplies for most of the time was faster with requests into
+// the second-level cache, and with six kilobytes rather than four or ten.
+FSSA_INLINE Lead lead_of(int64_t num_tokens) {
+  if (first_cache_bytes() >= 48 * 1024) return {Request::kPassing, 10 * 1024};
+  if (num_tokens < kBusyRows) return {Request::kPassing, 4 * 1024};
+  return {Request::kSecond, 6 * 1024};
 }
+
 // How far beyond the next panel tiles that share one may ask.
 constexpr int64_t kBeyondNextBytes = 64 * 1024;
 
 // Where all rows are one tile that takes both halves of a panel at once, a thread's panels are one
-// stretch of memory that is read once and passes, and lead_bytes() ahead of it run the requests, in the
-// end for what the next call reads first. Where a panel is read again and again, by several tiles or
-// half by half, all of that together asks for the next one and, where tiles are more than two, for
-// something of the one after it, then for what the queue has.
+// stretch of memory that is read once, and a lead ahead of it run the requests, in the end for what
+// the next call reads first. Where a panel is read again and again, by several tiles or half by half,
+// all of that together asks for the next one and, where tiles are more than two, for something of the
+// one after it, then for what the queue has.
 class PanelReads {
  public:
   FSSA_INLINE_MEMBER PanelReads(const ModulatedLinearCall& call, Team& team, int64_t num_tokens)
@@ -22,6 +32,7 @@ class PanelReads {
         team_(team),
         once_(2 * num_tokens <= kMaxSums),
         several_(num_tokens > kMaxRows),
+        lead_(once_ ? lead_of(num_tokens) : Lead{Request::kFirst, 0}),
         queue_(team.meanwhile()) {}
 
   // Before a run of panels from `first` to `last`, the thread's last ones or not.
@@ -35,9 +46,11 @@ class PanelReads {
                              : due.known()            ? next
                                                       : start;
     if (once_) {
-      asked_ = start <= left && left <= next ? left : start;
-      const char* const due_now = earlier(start + lead_bytes(), call_.panel(last + 1));
-      for (; asked_ < due_now; asked_ += 64) prefetch_passing(asked_);
+      const char* const due_now = earlier(start + lead_.bytes, call_.panel(last + 1));
+      const char* const from = start <= left && left <= next ? left : start;
+      Ahead ahead{from, due_now, nullptr, nullptr, false, lead_.request};
+      fetch_rest(ahead);
+      asked_ = ahead.at;
       early_ = asked_ - due_now;
     } else {
       // Of the panel that the thread begins with comes before all else what the calls before have
@@ -53,8 +66,7 @@ class PanelReads {
     const bool halved = several_ && asked_ >= call_.panel(panel + 1);
     if (reaches_next_call(panel)) {
       FirstReads& upcoming = team_.upcoming();
-      return {asked_, stop, upcoming.begin(), upcoming.end(), halved, once_,
-              early_};
+      return {asked_, stop, upcoming.begin(), upcoming.end(), halved, lead_.request, early_};
     }
     const char* const from = panel == last_ ? call_.panel(0) : asked_;
     asked_ = panel == last_ ? call_.panel(1)
@@ -99,6 +111,7 @@ class PanelReads {
   const ModulatedLinearCall& call_;
   Team& team_;
   const bool once_, several_;
+  const Lead lead_;
   Span* queue_;
   const char* asked_ = nullptr;
   int64_t last_ = 0, early_ = 0;

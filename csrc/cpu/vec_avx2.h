@@ -3,6 +3,8 @@ namespace FSSA_ISA {
 
 // Rows of a tile, and sums of sixteen columns at a time: 12 of the 16 registers accumulate.
 constexpr int kMaxRows = 6, kMaxSums = 6;
+// From so many rows on a core multiplies for most of the time that weights are under way.
+constexpr int64_t kBusyRows = 2;
 // Whether the others hold both halves of a panel's column, or one after the other.
 constexpr bool kRoomForPanel = false;
 // Whether products read compressed weights.

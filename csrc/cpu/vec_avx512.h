@@ -4,6 +4,8 @@ namespace FSSA_ISA {
 
 // Rows of a tile, and sums of sixteen columns at a time: 24 of the 32 registers accumulate.
 constexpr int kMaxRows = 12, kMaxSums = 24;
+// From so many rows on a core multiplies for most of the time that weights are under way.
+constexpr int64_t kBusyRows = 4;
 // Whether the others hold both halves of a panel's column, or one after the other.
 constexpr bool kRoomForPanel = true;
 // Whether products read compressed weights. From so many rows on products of bf16 read x in fp32:

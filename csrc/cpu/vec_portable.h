@@ -4,6 +4,8 @@ namespace FSSA_ISA {
 
 // Rows of a tile, and sums of sixteen columns at a time: as many as the registers hold.
 constexpr int kMaxRows = 4, kMaxSums = 4;
+// From so many rows on a core multiplies for most of the time that weights are under way.
+constexpr int64_t kBusyRows = 2;
 // Whether the others hold both halves of a panel's column, or one after the other.
 constexpr bool kRoomForPanel = true;
 // Whether products read compressed weights.

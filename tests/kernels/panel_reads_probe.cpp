@@ -2,8 +2,8 @@
 // csrc/cpu does, and notes what is asked for ahead and when it is read. On standard input: rows,
 // columns of x, panels of either product, bytes of a header (0: weights are not compressed), threads,
 // thread, bytes of the first-level cache, rank of a low-rank term. Prints, of the second step: lines read,
-// those not asked for before, requests, and how many bytes were read between a line's request and
-// itself, at least and at most.
+// those not asked for before, requests, how many bytes were read between a line's request and itself, at
+// least and at most, and how many requests were for the second-level cache.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -17,10 +17,11 @@
 namespace {
 
 std::unordered_map<uintptr_t, long> asked;  // lines, and how many reads there were before
-long reads = 0, requests = 0, unasked = 0, nearest = 0, furthest = 0;
+long reads = 0, requests = 0, unasked = 0, nearest = 0, furthest = 0, second = 0;
 
-void ask(const void* p) {
+void ask(const void* p, int, int locality) {
   ++requests;
+  second += locality == 2;
   asked.emplace(reinterpret_cast<uintptr_t>(p) / 64, reads);
 }
 
@@ -39,11 +40,12 @@ void read(const char* p) {
 
 }  // namespace
 
-#define __builtin_prefetch(p, ...) ask(p)
+#define __builtin_prefetch ask
 #define FSSA_ISA probed
 namespace fssa::cpu {
 #include "vec_portable.h"
 #include "math.inl"
+#include "ahead.inl"
 #include "multiply.inl"
 
 // Units are put together by no portable kernel: here they are only read.
@@ -165,7 +167,7 @@ int main() {
   long before = 0;
   for (int step = 0; step < 2; ++step) {
     before = reads;
-    requests = unasked = furthest = 0;
+    requests = unasked = furthest = second = 0;
     nearest = INT64_MAX;
     for (int i = 0; i < 2; ++i) {
       const FirstReads first = calls[i].first_reads(team);
@@ -174,6 +176,7 @@ int main() {
       probed::walk(calls[i], team);
     }
   }
-  std::printf("%ld %ld %ld %ld %ld\n", reads - before, unasked, requests, nearest, furthest);
+  std::printf("%ld %ld %ld %ld %ld %ld\n", reads - before, unasked, requests, nearest, furthest,
+              second);
   return 0;
 }
