@@ -1,25 +1,30 @@
 // What will be read, asked for while something else is computed.
 namespace FSSA_ISA {
 
-// How a line is asked for: into the first-level cache, as something that others than this step need too
-// or that passes; or into the second-level cache.
+// How a line is asked for: into the first-level cache, to stay in a cache or only to pass, or into the
+// second-level cache.
 enum class Request { kFirst, kPassing, kSecond };
+
+// Whether the first-level cache has 32 KB, as Zen 4 has, not 48, as Zen 5 has: on either, requests were
+// tried out.
+FSSA_INLINE bool has_small_first_cache() { return first_cache_bytes() < 48 * 1024; }
 
 // What will be read next: one piece of memory, then those in a queue. A step of the inner loop asks for
 // as much as it reads, or, where several tiles read the same, for half of that: a core that asks for
-// more than the memory brings waits for it, and makes up for nothing while it asks for none. `weights`
-// says how the first piece is asked for: not as the queue is, where it is weights that are read once a
-// step, so that what is smaller than the last cache and read in every step too (A, B, keys and values)
-// may stay there. `early` bytes were asked for while nothing was read that counts: the steps that
-// follow leave as many out.
+// more than the memory brings waits for it, and makes up for nothing while it asks for none. `request` is
+// how the piece at hand is asked for: in products not as the queue is, where it is weights that are read
+// once a step, so that what is smaller than the last cache and read in every step too (A, B, keys and
+// values) may stay there. `early` bytes were asked for while nothing was read that counts: the steps
+// that follow leave as many out.
 struct Ahead {
   const char* at;
   const char* end;
   Span* queue;
   Span* queue_end;
   bool halved;
-  Request weights = Request::kFirst;
+  Request request = Request::kFirst;
   int64_t early = 0;
+  Request queued = Request::kFirst;  // how the queue is asked for
 };
 
 constexpr int64_t kStepBytes = kPanelColumns * 4;
@@ -31,13 +36,13 @@ FSSA_INLINE void fetch(Ahead& ahead) {
     if (ahead.queue == ahead.queue_end) return;
     ahead.at = ahead.queue->data;
     ahead.end = ahead.at + ahead.queue->bytes;
-    ahead.weights = Request::kFirst;
+    ahead.request = ahead.queued;
     ++ahead.queue;
   }
-  if (ahead.weights == Request::kPassing) {
+  if (ahead.request == Request::kPassing) {
     FSSA_UNROLL
     for (int i = 0; i < kBytes; i += 64) prefetch_passing(ahead.at + i);
-  } else if (ahead.weights == Request::kSecond) {
+  } else if (ahead.request == Request::kSecond) {
     FSSA_UNROLL
     for (int i = 0; i < kBytes; i += 64) prefetch_second(ahead.at + i);
   } else {
@@ -70,7 +75,7 @@ FSSA_INLINE void fetch_some(Ahead& ahead) {
 // What may be asked for beside a few steps that read something else, so that the memory does not stand
 // still meanwhile: nothing but of what is read once, and nothing before the last ones were made up for.
 FSSA_INLINE Ahead early_requests(const Ahead& brought) {
-  const bool more = brought.weights != Request::kFirst && brought.early < kLongestStep;
+  const bool more = brought.request != Request::kFirst && brought.early < kLongestStep;
   Ahead ahead = more ? brought : Ahead{};
   ahead.early = 0;
   return ahead;
@@ -82,7 +87,7 @@ FSSA_INLINE void count_early(Ahead& brought, const Ahead& ahead) {
   if (ahead.end == nullptr) return;
   const int64_t before = brought.early, asked = ahead.at - brought.at;
   brought = ahead;
-  brought.early = before + (ahead.weights != Request::kFirst ? asked : 0);
+  brought.early = before + (ahead.request != Request::kFirst ? asked : 0);
 }
 
 // Asks for all that is left.

@@ -12,7 +12,7 @@ struct Lead {
 // ten were slower. There a core that multiplies for most of the time was faster with requests into
 // the second-level cache, and with six kilobytes rather than four or ten.
 FSSA_INLINE Lead lead_of(int64_t num_tokens) {
-  if (first_cache_bytes() >= 48 * 1024) return {Request::kPassing, 10 * 1024};
+  if (!has_small_first_cache()) return {Request::kPassing, 10 * 1024};
   if (num_tokens < kBusyRows) return {Request::kPassing, 4 * 1024};
   return {Request::kSecond, 6 * 1024};
 }
