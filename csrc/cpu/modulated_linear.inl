@@ -226,9 +226,22 @@ FSSA_INLINE void widen_rows(const ModulatedLinearCall& a, int64_t num_tokens, co
   }
 }
 
+// Asks for the rows of x, much of which other threads have just written, column by column as they are
+// read.
+template <typename X>
+FSSA_INLINE void fetch_input(const ModulatedLinearCall& a, const Input<X>& input,
+                             int64_t num_tokens) {
+  constexpr int64_t kLine = 64 / sizeof(X);
+  for (int64_t first = 0; first < a.in_features; first += kLine) {
+    for (int64_t t = 0; t < num_tokens; ++t) prefetch_second(input.x + t * input.stride + first);
+  }
+}
+
 template <typename T, typename X>
 FSSA_INLINE void modulated_linear_of(const ModulatedLinearCall& a, const Input<X>& input,
                                      int64_t num_tokens, Team& team) {
+  // With more rows it changes nothing.
+  if (team.size() > 1 && num_tokens <= kMaxRows) fetch_input(a, input, num_tokens);
   const bool modulated = a.family != Family::kNone;
   if (modulated) {
     low_rank(a, input, num_tokens, team);
