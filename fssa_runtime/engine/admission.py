@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -35,8 +34,8 @@ class Admission:
         cache: KVCache,
         stop_tokens: frozenset[int],
         slots: SlotCache | None,
-        tokenizer: Any = None,
-        clock: Callable[[], float] = time.monotonic,
+        tokenizer: Any,
+        clock: Callable[[], float],
     ) -> None:
         config = decoder.config
         self._vocab_size = config.vocab_size
