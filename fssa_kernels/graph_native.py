@@ -124,18 +124,15 @@ class _NativeRecorder:
             )
         return NATIVE.Rows(self.graph, dim)
 
-    def empty(self, like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return self._lend(like, shape, dtype, math.prod(shape[1:]))
-
-    def empty_apart(self, like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        lines = -(-math.prod(shape[1:]) * dtype.itemsize // _LINE)
-        return self._lend(like, shape, dtype, (lines | 1) * _LINE // dtype.itemsize)
-
-    def _lend(
-        self, like: Tensor, shape: tuple[int, ...], dtype: torch.dtype, row_stride: int
+    def empty(
+        self, like: Tensor, shape: tuple[int, ...], dtype: torch.dtype, *, apart: bool, own: bool
     ) -> Tensor:
         dim = self._dim(like)
-        tensor = self._pool.empty(shape, dtype, row_stride)
+        row_stride = math.prod(shape[1:])
+        if apart:
+            lines = -(-row_stride * dtype.itemsize // _LINE)
+            row_stride = (lines | 1) * _LINE // dtype.itemsize
+        tensor = self._pool.empty(shape, dtype, row_stride, own)
         self._dims[_start(tensor)] = dim
         return tensor
 
@@ -185,18 +182,22 @@ def _start(tensor: Tensor) -> int:
 class _Pool:
     """Memory of a recording: a block goes back when the last tensor on it is gone.
 
-    Tensors own their block: what a step returns may outlive the graph.
+    Blocks for rows of a thread's own are never lent for others. Tensors own their block: what a
+    step returns may outlive the graph.
     """
 
     def __init__(self) -> None:
-        self._free: dict[int, list[int]] = {}  # addresses of free blocks, by size
+        # Addresses of free blocks, by size and whether they are for rows of a thread's own.
+        self._free: dict[tuple[int, bool], list[int]] = {}
         self._blocks: dict[int, Tensor] = {}  # by address
 
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, row_stride: int) -> Tensor:
+    def empty(
+        self, shape: tuple[int, ...], dtype: torch.dtype, row_stride: int, own: bool
+    ) -> Tensor:
         count = shape[0] * row_stride
         num_bytes = max(1, count * dtype.itemsize)
         size = 1 << max(_LINE.bit_length(), (num_bytes - 1).bit_length())
-        free = self._free.setdefault(size, [])
+        free = self._free.setdefault((size, own), [])
         start = free.pop() if free else self._allocate(size)
         # The storage holds the array, so the array dies with the last tensor on that storage.
         array = (ctypes.c_uint8 * size).from_address(start)

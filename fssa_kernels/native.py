@@ -45,12 +45,10 @@ class Recorder(Protocol):
         """The native row count of a tensor that the graph knows."""
         ...
 
-    def empty(self, like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Memory for an output with as many rows as `like` has."""
-        ...
-
-    def empty_apart(self, like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """The same, whose rows lie apart as `native.empty_apart` says."""
+    def empty(
+        self, like: Tensor, shape: tuple[int, ...], dtype: torch.dtype, *, apart: bool, own: bool
+    ) -> Tensor:
+        """Memory for an output with as many rows as `like` has, as `native.empty` says."""
         ...
 
     def add(self, op: str, call: Any, tensors: tuple[Tensor | None, ...]) -> None:
@@ -73,22 +71,27 @@ def rows_of(tensor: Tensor) -> Any:
     return NATIVE.Rows(tensor.shape[0])
 
 
-def empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Uninitialised memory for an output; its rows are those of `like`."""
-    if CURRENT.recorder is not None:
-        return CURRENT.recorder.empty(like, shape, dtype)
-    return torch.empty(shape, dtype=dtype)
+def empty(
+    like: Tensor,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    *,
+    apart: bool = False,
+    own: bool = False,
+) -> Tensor:
+    """Uninitialised memory for an output; its rows are those of `like`.
 
-
-def empty_apart(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """`empty` for rows that a product takes or stores a dozen at a time.
-
-    In a recorded step they lie an odd number of cache lines apart: a power of two apart, all the
-    words that a product takes at once would be in one set of the first cache, which holds eight or
-    twelve. So their stride has to be asked for.
+    Args:
+        apart: for rows that a product takes or stores a dozen at a time. In a recorded step they
+            lie an odd number of cache lines apart: a power of two apart, all the words that a
+            product takes at once would be in one set of the first cache, which holds eight or
+            twelve. So their stride has to be asked for.
+        own: for rows that no thread reads but the one that wrote them. In a recorded step they
+            get memory that only such rows had before: a core that writes to a line which others
+            have read waits until they have given it up.
     """
     if CURRENT.recorder is not None:
-        return CURRENT.recorder.empty_apart(like, shape, dtype)
+        return CURRENT.recorder.empty(like, shape, dtype, apart=apart, own=own)
     return torch.empty(shape, dtype=dtype)
 
 

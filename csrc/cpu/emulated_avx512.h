@@ -39,6 +39,13 @@ FSSA_EMULATED void write(void* p, V v) {
   std::memcpy(p, &v, sizeof v);
 }
 
+// Ends the process where the instruction would.
+template <typename V>
+FSSA_EMULATED void write_aligned(void* p, V v) {
+  if (reinterpret_cast<uintptr_t>(p) % sizeof v != 0) __builtin_trap();
+  write(p, v);
+}
+
 // out[i] = f(i) for the lanes of V.
 template <typename V, typename F>
 FSSA_EMULATED V each(const F& f) {
@@ -80,6 +87,11 @@ FSSA_EMULATED __m256i _mm256_loadu_si256(const __m256i* p) {
 FSSA_EMULATED void _mm512_storeu_ps(void* p, __m512 x) { fssa::cpu::emulated::write(p, x); }
 FSSA_EMULATED void _mm512_storeu_si512(void* p, __m512i x) { fssa::cpu::emulated::write(p, x); }
 FSSA_EMULATED void _mm256_storeu_si256(__m256i* p, __m256i x) { fssa::cpu::emulated::write(p, x); }
+FSSA_EMULATED void _mm512_stream_ps(void* p, __m512 x) { fssa::cpu::emulated::write_aligned(p, x); }
+FSSA_EMULATED void _mm256_stream_si256(__m256i* p, __m256i x) {
+  fssa::cpu::emulated::write_aligned(p, x);
+}
+FSSA_EMULATED void _mm_sfence() { __atomic_thread_fence(__ATOMIC_RELEASE); }
 
 FSSA_EMULATED __m512 _mm512_maskz_loadu_ps(__mmask16 mask, const void* p) {
   const float* from = static_cast<const float*>(p);

@@ -3,6 +3,7 @@
 // here on: the linker could keep that copy for files that run on lesser machines.
 #include "math.inl"
 #include "ahead.inl"
+#include "exchange.inl"
 #include "multiply.inl"
 #ifdef FSSA_BF16_DOT
 #include "compressed.inl"

@@ -27,15 +27,27 @@ FSSA_INLINE void store_activated(const ModulatedLinearCall& a, int64_t t, const 
   }
 }
 
-// Asks for where kRows rows of a panel are stored. Logits are written where no cache has the lines, and
-// each store waits for those before it.
+// More of y than this no cache keeps until it is written again: logits.
+constexpr int64_t kKeptBytes = 1024 * 1024;
+
+// Makes the lines this core's that kRows rows of a panel are stored to, while their products are taken.
+// Most of them others have read since they were stored last. Where y is more than a cache keeps, none has
+// its lines: each store would wait for the one before it, requests wait for nothing. Of a single tile a
+// step was slower with these.
 template <int kRows>
-FSSA_INLINE void fetch_stored(const ModulatedLinearCall& a, int64_t t, int64_t panel) {
-  const int64_t size = size_of(a.y_dtype);
-  const int64_t columns = a.epilogue == Epilogue::kNone ? kPanelColumns : kHalfColumns;
-  const char* y = static_cast<const char*>(a.y) + a.halves[2 * panel].column * size;
-  for (int64_t first = 0; first < columns * size; first += 64) {
-    for (int r = 0; r < kRows; ++r) prefetch_to_write(y + (t + r) * a.y_stride * size + first);
+FSSA_INLINE void own_stored(const ModulatedLinearCall& a, int64_t t, int64_t panel) {
+  const int64_t size = size_of(a.y_dtype), num_tokens = a.count.get();
+  const bool kept = num_tokens * a.y_stride * size <= kKeptBytes;
+  if (!kept && num_tokens <= kMaxRows) return;
+  const Half* half = a.halves + 2 * panel;
+  for (int h = 0; h < (a.epilogue == Epilogue::kNone ? 2 : 1); ++h, ++half) {
+    char* y = static_cast<char*>(a.y) + (t * a.y_stride + half->column) * size;
+    for (int64_t first = 0; first < half->valid * size; first += kLineBytes) {
+      for (int r = 0; r < kRows; ++r) {
+        char* const line = y + r * a.y_stride * size + first;
+        kept ? claim(line) : prefetch_to_write(line);
+      }
+    }
   }
 }
 
@@ -65,8 +77,7 @@ FSSA_NOINLINE void tile(const ModulatedLinearCall& a, const Input<X>& input, int
   constexpr int kHalves = 2 * kRows <= kMaxSums ? 2 : 1;
   Vec activated[2][kRows];
   Ahead ahead = brought;
-  // Where all rows are one tile a step was slower with it.
-  if (a.count.get() > kMaxRows) fetch_stored<kRows>(a, t, panel);
+  own_stored<kRows>(a, t, panel);
   for (int first = 0; first < 2; first += kHalves) {
     Vec acc[kRows][kHalves];
     FSSA_UNROLL
@@ -226,6 +237,9 @@ FSSA_INLINE void widen_rows(const ModulatedLinearCall& a, int64_t num_tokens, co
   }
 }
 
+// More of x than this would not stay in the second-level cache beside the weights that pass it.
+constexpr int64_t kFetchedBytes = 256 * 1024;
+
 // Asks for the rows of x, much of which other threads have just written, column by column as they are
 // read.
 template <typename X>
@@ -240,8 +254,8 @@ FSSA_INLINE void fetch_input(const ModulatedLinearCall& a, const Input<X>& input
 template <typename T, typename X>
 FSSA_INLINE void modulated_linear_of(const ModulatedLinearCall& a, const Input<X>& input,
                                      int64_t num_tokens, Team& team) {
-  // With more rows it changes nothing.
-  if (team.size() > 1 && num_tokens <= kMaxRows) fetch_input(a, input, num_tokens);
+  const int64_t bytes = num_tokens * a.in_features * static_cast<int64_t>(sizeof(X));
+  if (team.size() > 1 && bytes <= kFetchedBytes) fetch_input(a, input, num_tokens);
   const bool modulated = a.family != Family::kNone;
   if (modulated) {
     low_rank(a, input, num_tokens, team);

@@ -374,7 +374,8 @@ FSSA_INLINE void attend_block(const AttentionCall& a, const AttentionPiece& piec
 // Results of a piece's rows, from what was summed up of all their keys.
 template <typename T>
 FSSA_INLINE void store_rows(const AttentionCall& a, const AttentionPiece& piece,
-                            const AttentionScratch& s, const RowSums& sums) {
+                            const AttentionScratch& s, const RowSums& sums,
+                            const RowsForOthers& rows) {
   const int64_t padded = padded_dim(a.head_dim);
   AttentionScratch from = s;
   from.sums = sums;
@@ -384,7 +385,7 @@ FSSA_INLINE void store_rows(const AttentionCall& a, const AttentionPiece& piece,
                (part.first_head + r % part.heads) * a.head_dim;
       const Vec inverse = broadcast(1.0f / sum(load(own.sums.total + r * 16)));
       for (int64_t d = 0; d < a.head_dim; d += 16) {
-        store_up_to(out + d, mul(load(own.sums.out + r * padded + d), inverse), a.head_dim - d);
+        rows.store(out + d, mul(load(own.sums.out + r * padded + d), inverse), a.head_dim - d);
       }
     }
   });
@@ -393,7 +394,7 @@ FSSA_INLINE void store_rows(const AttentionCall& a, const AttentionPiece& piece,
 // Results of the token of a piece, all heads, from the splits that the threads have left.
 template <typename T>
 FSSA_INLINE void store_divided(const AttentionCall& a, AttentionPiece piece,
-                               const AttentionScratch& s) {
+                               const AttentionScratch& s, const RowsForOthers& rows) {
   const int64_t padded = padded_dim(a.head_dim);
   const int64_t first = num_splits(a.oldest_key(piece) + 1) - 1, stop = num_splits(a.num_keys(piece));
   for (int64_t head = 0; head < a.num_heads; head += kQueryRows) {
@@ -408,7 +409,7 @@ FSSA_INLINE void store_divided(const AttentionCall& a, AttentionPiece piece,
     for (int64_t split = first + 1; split < stop; ++split) {
       put_together(sums, sums_of(split), piece.heads, padded);
     }
-    store_rows<T>(a, piece, s, sums);
+    store_rows<T>(a, piece, s, sums, rows);
   }
 }
 
@@ -417,7 +418,7 @@ FSSA_INLINE void store_divided(const AttentionCall& a, AttentionPiece piece,
 template <typename T>
 FSSA_INLINE void attend(const AttentionCall& a, const AttentionPiece& piece,
                         const AttentionPiece* next, const AttentionScratch& scratch,
-                        KeyBlock*& block, KeyBlock*& coming) {
+                        const RowsForOthers& rows, KeyBlock*& block, KeyBlock*& coming) {
   const int64_t padded = padded_dim(a.head_dim);
   const int64_t num_rows = piece.num_tokens * piece.heads;
   AttentionScratch s = scratch;
@@ -474,10 +475,10 @@ FSSA_INLINE void attend(const AttentionCall& a, const AttentionPiece& piece,
     }
   }
   if (piece.divided) {
-    if (a.completes(piece)) store_divided<T>(a, piece, s);
+    if (a.completes(piece)) store_divided<T>(a, piece, s, rows);
   } else {
     end_split();
-    store_rows<T>(a, piece, s, s.before);
+    store_rows<T>(a, piece, s, s.before, rows);
   }
 }
 
@@ -497,6 +498,8 @@ template <typename T>
 void attention(const AttentionCall& a, Team& team) {
   const int64_t batch = a.num_sequences.get(), tokens = a.num_tokens.get();
   const AttentionScratch s = scratch_of(a, team.index());
+  const int64_t size = sizeof(T);
+  const RowsForOthers rows(team, a.out, a.out_stride * size, a.head_dim * size);
   // A piece is computed when the thread's next is known.
   AttentionWalk walk(a, team);
   AttentionPiece at_hand{}, next{};
@@ -508,11 +511,12 @@ void attention(const AttentionCall& a, Team& team) {
     Ahead ahead = requests_for(spans, spans_of<T>(a, a.k_cache, at_hand, *block, spans));
     fetch_rest(ahead);
     while (walk.next(next)) {
-      attend<T>(a, at_hand, &next, s, block, coming);
+      attend<T>(a, at_hand, &next, s, rows, block, coming);
       at_hand = next;
     }
-    attend<T>(a, at_hand, nullptr, s, block, coming);
+    attend<T>(a, at_hand, nullptr, s, rows, block, coming);
   }
+  rows.finish();
   // Rows that belong to no request are zero.
   if (team.index() == 0) {
     const int64_t used = batch ? a.q_indptr[batch] : 0, first = batch ? a.q_indptr[0] : 0;

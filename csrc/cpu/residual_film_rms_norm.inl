@@ -4,6 +4,8 @@ namespace FSSA_ISA {
 template <typename T>
 void norm(const NormCall& a, Team& team) {
   const Range mine = team.share(a.count.get());
+  const int64_t size = sizeof(T);
+  const RowsForOthers rows(team, a.normed, a.out_stride * size, a.channels * size);
   for (int64_t t = mine.first; t < mine.last; ++t) {
     const T* x = static_cast<const T*>(a.x) + t * a.x_stride;
     const T* residual =
@@ -32,9 +34,10 @@ void norm(const NormCall& a, Team& team) {
       const int64_t left = smaller(16, a.channels - c);
       const Vec weight = add(load_first_as(a.weight, a.weight_dtype, c, left),
                              broadcast(a.weight_offset));
-      store_up_to(normed + c, mul(mul(load_up_to(h + c, left), inverse), weight), left);
+      rows.store(normed + c, mul(mul(load_up_to(h + c, left), inverse), weight), left);
     }
   }
+  rows.finish();
 }
 
 }  // namespace FSSA_ISA

@@ -60,6 +60,17 @@ FSSA_INLINE void store(BFloat16* p, Vec v) {
   _mm_storeu_si128(q + 1, narrow(v.b));
 }
 
+// Stores to whole lines, aligned, that leave no copy in a cache; in order with others once they are
+// finished.
+FSSA_INLINE void store_past_caches(float* p, Vec v) {
+  _mm256_stream_ps(p, v.a);
+  _mm256_stream_ps(p + 8, v.b);
+}
+FSSA_INLINE void store_past_caches(BFloat16* p, Vec v) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), _mm256_set_m128i(narrow(v.b), narrow(v.a)));
+}
+FSSA_INLINE void finish_past_caches() { _mm_sfence(); }
+
 template <typename T>
 FSSA_INLINE Vec load_first(const T* p, int64_t count) {
   alignas(32) T whole[16] = {};

@@ -61,6 +61,14 @@ FSSA_INLINE void store(BFloat16* p, Vec x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(x));
 }
 
+// Stores to whole lines, aligned, that leave no copy in a cache; in order with others once they are
+// finished.
+FSSA_INLINE void store_past_caches(float* p, Vec x) { _mm512_stream_ps(p, x.v); }
+FSSA_INLINE void store_past_caches(BFloat16* p, Vec x) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(x));
+}
+FSSA_INLINE void finish_past_caches() { _mm_sfence(); }
+
 FSSA_INLINE __mmask16 first_lanes(int64_t count) {
   return static_cast<__mmask16>((1u << count) - 1u);
 }

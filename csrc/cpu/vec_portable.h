@@ -67,6 +67,13 @@ FSSA_INLINE void store(BFloat16* p, Vec a) {
   }
 }
 
+// Stores that leave no copy in a cache, on machines whose compilers have such: not here.
+template <typename T>
+FSSA_INLINE void store_past_caches(T* p, Vec a) {
+  store(p, a);
+}
+FSSA_INLINE void finish_past_caches() {}
+
 template <typename T>
 FSSA_INLINE Vec load_first(const T* p, int64_t count) {
   T lanes[16] = {};

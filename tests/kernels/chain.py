@@ -162,9 +162,9 @@ class Chain:
 
 
 class PoolWithoutReuse(graph_native._Pool):
-    def empty(self, shape, dtype, row_stride):
+    def empty(self, *args):
         self._free.clear()
-        return super().empty(shape, dtype, row_stride)
+        return super().empty(*args)
 
 
 STEPS = {

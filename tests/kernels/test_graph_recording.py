@@ -235,6 +235,25 @@ def test_memory_is_used_again_from_layer_to_layer():
     assert sizes[0] == sizes[1]
 
 
+def test_rows_of_a_threads_own_get_memory_that_only_such_rows_had():
+    """A core that writes to a line which others have read waits until they have given it up."""
+    x, weight = torch.zeros(6, 32), torch.zeros(32, 32)
+    packed, own, others = pack_matrix(weight), set(), set()
+
+    def step(_):
+        y, h = x, None
+        for _ in range(4):
+            normed, h = residual_film_rms_norm(y, h, weight[0], eps=1e-5)
+            y = modulated_linear(normed, packed)
+            own.add(h.data_ptr())
+            others.update((normed.data_ptr(), y.data_ptr()))
+        return y
+
+    StepGraph.record(step, {"tokens": (x,)})
+    assert len(own) == 2
+    assert not own & others
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("width", [1, 31, 32, 512, 2048])
 def test_rows_that_a_product_takes_or_stores_lie_an_odd_number_of_cache_lines_apart(width, dtype):

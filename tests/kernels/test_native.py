@@ -9,7 +9,14 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fssa_kernels import explain, modulated_linear, pack_matrix, take_rows
+from fssa_kernels import (
+    explain,
+    modulated_linear,
+    pack_matrix,
+    paged_attention,
+    residual_film_rms_norm,
+    take_rows,
+)
 from fssa_kernels.dispatch import find, lookup
 from fssa_kernels.native import MISSING, NATIVE
 from fssa_kernels.testing import cases
@@ -50,6 +57,25 @@ def test_as_good_as_torch_in_the_same_dtype(case, dtype):
         inputs["v_cache"].fill_(float("nan"))
     assert explain(case.op, **inputs)[0].can
     check_as_good_as_torch(case.op, inputs, "native")
+
+
+@pytest.mark.usefixtures("each_instruction_set")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [16, 24, 32, 48, 64, 576])  # whole cache lines, and not
+def test_two_threads_write_for_each_other_what_one_writes(width, dtype):
+    torch.manual_seed(0)
+    x, weight = torch.randn(5, width, dtype=dtype), torch.randn(width, dtype=dtype)
+    caches = torch.randn(2, 8, 4, 1, width, dtype=dtype)
+    q = torch.randn(5, 3, width, dtype=dtype)
+    tables = torch.arange(5, dtype=torch.int32)[:, None]
+    lengths = torch.tensor([1, 2, 3, 4, 4], dtype=torch.int32), torch.arange(6, dtype=torch.int32)
+    made = []
+    for num_threads in (1, 2):
+        torch.set_num_threads(num_threads)
+        rows = residual_film_rms_norm(x, x, weight, eps=1e-5, backend="native")
+        out = paged_attention(q, *caches, tables, *lengths, scale=1.0, backend="native")
+        made.append((*rows, out))
+    assert all(map(same_bits, *made))
 
 
 @pytest.mark.usefixtures("each_instruction_set")

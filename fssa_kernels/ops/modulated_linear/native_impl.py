@@ -11,7 +11,6 @@ from fssa_kernels.native import (
     NATIVE,
     address,
     empty,
-    empty_apart,
     launch,
     rows_of,
     unsupported,
@@ -102,7 +101,7 @@ def modulated_linear_native(
     num_tokens, in_features = x.shape
     packed = _packed(weight, splits, epilogue)
     num_columns = packed.shape[0] if epilogue == "none" else packed.shape[0] // 2
-    y = empty_apart(x, (num_tokens, num_columns), x.dtype)
+    y = empty(x, (num_tokens, num_columns), x.dtype, apart=True)
     rank = num_users = 0
     low_rank: Tensor | None = None
     partial: Tensor | None = None
@@ -127,7 +126,7 @@ def modulated_linear_native(
         width, most_rows = len(splits) * rank, NATIVE.MOST_ROWS
         low_rank = empty(x, (num_tokens, width), torch.float32)
         partial = empty(x, (most_rows, NATIVE.shrink_parts(in_features) * width), torch.float32)
-        own = empty(x, (torch.get_num_threads(), most_rows * width), torch.float32)
+        own = empty(x, (torch.get_num_threads(), most_rows * width), torch.float32, own=True)
         if family == "core":
             unmixed = empty(x, (num_tokens, width), torch.float32)
     call = NATIVE.modulated_linear(

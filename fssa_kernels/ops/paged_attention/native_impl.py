@@ -7,7 +7,6 @@ from fssa_kernels.native import (
     DTYPE_CODES,
     NATIVE,
     empty,
-    empty_apart,
     launch,
     rows_of,
     unsupported,
@@ -52,10 +51,10 @@ def paged_attention_native(
     assert NATIVE is not None
     num_tokens, num_heads, head_dim = q.shape
     num_pages, page_size, num_kv_heads, _ = k_cache.shape
-    out = empty_apart(q, (num_tokens, num_heads, head_dim), q.dtype)
+    out = empty(q, (num_tokens, num_heads, head_dim), q.dtype, apart=True)
     max_pages, num_threads = block_tables.shape[1], torch.get_num_threads()
     per_thread = NATIVE.attention_scratch(num_heads, head_dim, max_pages * page_size)
-    scratch = empty(q, (num_threads, per_thread), torch.float32)
+    scratch = empty(q, (num_threads, per_thread), torch.float32, own=True)
     call = NATIVE.paged_attention(
         rows_of(q),
         rows_of(kv_lens),

@@ -6,7 +6,7 @@ from fssa_kernels.native import (
     DTYPE_CODES,
     NATIVE,
     address,
-    empty_apart,
+    empty,
     launch,
     rows_of,
     unsupported,
@@ -47,8 +47,8 @@ def residual_film_rms_norm_native(
     """The public function on inputs that `cannot_native` accepts; ValueError for a bad slot."""
     assert NATIVE is not None
     num_tokens, num_channels = x.shape
-    normed = empty_apart(x, (num_tokens, num_channels), x.dtype)
-    h = empty_apart(x, (num_tokens, num_channels), x.dtype)
+    normed = empty(x, (num_tokens, num_channels), x.dtype, apart=True)
+    h = empty(x, (num_tokens, num_channels), x.dtype, apart=True, own=True)
     call = NATIVE.residual_film_rms_norm(
         rows_of(x),
         normed.data_ptr(),

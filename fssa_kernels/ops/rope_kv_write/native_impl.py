@@ -58,7 +58,7 @@ def rope_kv_write_native(
     assert NATIVE is not None
     num_tokens, num_heads, head_dim = q.shape
     num_pages, page_size, num_kv_heads, _ = k_cache.shape
-    rotated = empty(q, (num_tokens, num_heads, head_dim), q.dtype)
+    rotated = empty(q, (num_tokens, num_heads, head_dim), q.dtype, own=True)
     call = NATIVE.rope_kv_write(
         rows_of(q),
         rotated.data_ptr(),

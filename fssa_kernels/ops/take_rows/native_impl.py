@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from fssa_kernels.native import DTYPE_CODES, NATIVE, empty_apart, launch, rows_of, unsupported
+from fssa_kernels.native import DTYPE_CODES, NATIVE, empty, launch, rows_of, unsupported
 from fssa_kernels.packed import PackedMatrix
 
 
@@ -22,7 +22,7 @@ def take_rows_native(table: Tensor | PackedMatrix, index: Tensor, scale: float) 
     """The public function on inputs that `cannot_native` accepts; ValueError for a bad index."""
     assert NATIVE is not None
     num_rows, width = table.shape
-    y = empty_apart(index, (index.shape[0], width), table.dtype)
+    y = empty(index, (index.shape[0], width), table.dtype, apart=True, own=True)
     data = table.data if isinstance(table, PackedMatrix) else table
     call = NATIVE.take_rows(
         rows_of(index),
