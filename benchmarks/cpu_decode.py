@@ -37,8 +37,9 @@ from rich.table import Table
 
 from benchmarks.decode_sides import OURS, Limits, Ours, check_ours
 from benchmarks.modulated import RANK
-from benchmarks.peers.client import FOLDER, Peer, PeerError, start
+from benchmarks.peers.client import FOLDER, Peer, start
 from benchmarks.text_gate import Gate, wear_adapters
+from benchmarks.worker_process import WorkerError
 from fssa_kernels.native import NATIVE
 from fssa_runtime.files import write_atomically
 from fssa_runtime.models.language_model import LanguageModel
@@ -349,7 +350,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 result["raw"] = raw
                 if options.json is not None:
                     write_atomically(options.json, f"{json.dumps(result, indent=2)}\n".encode())
-        except (KeyboardInterrupt, PeerError) as error:
+        except (KeyboardInterrupt, WorkerError) as error:
             status = 130 if isinstance(error, KeyboardInterrupt) else 1
             done = f"ended after round {result.get('rounds', 0)} of {options.rounds}"
             console.print(f"{done}: {error}" if str(error) else done)

@@ -35,10 +35,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.cpu_decode import machine
-from benchmarks.peers.client import FOLDER, PeerError, start
+from benchmarks.peers.client import FOLDER, start
 from benchmarks.peers.play import Ask, Played
 from benchmarks.serving_sides import ALONE, PEERS, SIDES, Ours, Side, peer_side
 from benchmarks.text_gate import Gate
+from benchmarks.worker_process import WorkerError
 from fssa_runtime.files import write_atomically
 from fssa_runtime.models.language_model import LanguageModel
 from fssa_runtime.models.pull import DEFAULT_MODEL
@@ -176,7 +177,7 @@ class Benchmark:
             self.console.print(f"first pass: {name}")
             try:
                 self._judge(name, asked, self.sides[name].play(asked, False))
-            except (PeerError, RuntimeError) as error:
+            except (WorkerError, RuntimeError) as error:
                 if name in (*SIDES, ALONE):
                     raise
                 self.absent[name] = str(error)

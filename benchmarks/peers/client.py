@@ -10,19 +10,14 @@ here falls back to another engine or to other settings.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import select
-import signal
-import subprocess
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 from benchmarks.peers.play import Ask, Played
 from benchmarks.peers.worker import Decoded, Prefilled
+from benchmarks.worker_process import WorkerError, WorkerProcess
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "runs" / "peers"
@@ -59,10 +54,6 @@ PEERS = {
         adapters=True,
     ),
 }
-
-
-class PeerError(RuntimeError):
-    """A peer that could not be started or asked. Its process has ended when this is raised."""
 
 
 def available(name: str, *, folder: Path = FOLDER, serving: bool = False) -> str | None:
@@ -109,14 +100,14 @@ def start(
                 peers[name] = stack.enter_context(
                     Peer(name, model=model, folder=folder, threads=threads, timeout=timeout)
                 )
-            except PeerError as error:
+            except WorkerError as error:
                 reason = str(error)
         if reason is not None:
             absent[name] = reason
     return peers, absent
 
 
-class Peer:
+class Peer(WorkerProcess):
     """A running worker. ``name``, ``version`` and ``settings`` are what it said of itself, ``work``
     is where its derived files lie, ``adapters`` is its spec's.
 
@@ -127,8 +118,8 @@ class Peer:
     options: further arguments of the worker, such as ``["--flash-attention", "off"]``.
     start_timeout, timeout: seconds to wait for the worker to be ready and for each answer.
 
-    Raises ``PeerError`` if the peer is absent, does not start in time or ends; ``ValueError`` for a
-    name that is no peer or a thread count below one.
+    Raises ``WorkerError`` if the peer is absent, does not start in time or ends; ``ValueError`` for
+    a name that is no peer or a thread count below one.
     """
 
     def __init__(
@@ -148,15 +139,11 @@ class Peer:
             raise ValueError(f"threads: expected at least 1, got {threads}")
         reason = available(name, folder=folder)
         if reason is not None:
-            raise PeerError(reason)
+            raise WorkerError(reason)
         work = folder / "work" if work is None else work
         work.mkdir(parents=True, exist_ok=True)
-        self._timeout = timeout
-        self._buffer = b""
-        self._label = name
         self.work = work
         self.adapters = spec.adapters
-        self._log = work / f"{name}.log"
         command = [
             str(_python(folder / spec.environment).absolute()),
             *("-m", spec.module),
@@ -166,30 +153,21 @@ class Peer:
             *spec.arguments,
             *options,
         ]
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                cwd=ROOT,
-                env=_environment(threads),
-                start_new_session=True,  # the worker's own children end with it
-            )
-        self._ended = False
-        try:
-            ready = self._receive(start_timeout)
-            if ready.get("ready") is not True:
-                self._fail(f"did not start: {ready.get('error', ready)}")
-            missing = {"name", "version", "settings"} - set(ready)
-            if missing:
-                self._fail(f"did not say its {', '.join(sorted(missing))} when it started")
-        except BaseException:  # an interrupt too: nobody else could end the worker
-            self._end()
-            raise
-        self.name: str = ready["name"]
-        self.version: str = ready["version"]
-        self.settings: dict[str, Any] = ready["settings"]
+        super().__init__(
+            name,
+            command,
+            log=work / f"{name}.log",
+            cwd=ROOT,
+            environment=_environment(threads),
+            start_timeout=start_timeout,
+            timeout=timeout,
+        )
+        missing = {"name", "version", "settings"} - set(self.ready)
+        if missing:
+            self._fail(f"did not say its {', '.join(sorted(missing))} when it started")
+        self.name: str = self.ready["name"]
+        self.version: str = self.ready["version"]
+        self.settings: dict[str, Any] = self.ready["settings"]
 
     def decode(self, batch: int, prompt: list[int], new_tokens: int) -> Decoded:
         """Time ``new_tokens`` greedy steps of ``batch`` sequences that begin with ``prompt``."""
@@ -218,95 +196,11 @@ class Peer:
             self._fail("serve did not write the tokens that were asked for")
         return played
 
-    def close(self) -> None:
-        """End the worker: with its consent within ten seconds, without it after."""
-        if not self._ended:
-            with contextlib.suppress(PeerError):
-                self._send({"op": "exit"})
-                self._settle(10.0)
-        self._end()
-
-    def __enter__(self) -> Peer:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
     def _ask(self, request: dict[str, Any], fields: tuple[str, ...]) -> dict[str, Any]:
-        if self._ended:
-            raise PeerError(f"{self._label}: the worker has ended")
-        self._send(request)
-        answer = self._receive(self._timeout)
-        if "error" in answer:
-            self._fail(f"{request['op']} failed: {answer['error']}")
+        answer = self.ask(request)
         if set(answer) != set(fields):
             self._fail(f"{request['op']} answers {sorted(fields)}, got {sorted(answer)}")
         return answer
-
-    def _send(self, message: dict[str, Any]) -> None:
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps(message).encode() + b"\n")
-            self._process.stdin.flush()
-        except OSError:
-            self._fail("the worker takes no requests")
-
-    def _receive(self, timeout: float) -> dict[str, Any]:
-        """The next line of the worker, an object; whatever else comes ends the worker."""
-        assert self._process.stdout is not None
-        descriptor = self._process.stdout.fileno()
-        deadline = time.monotonic() + timeout
-        while b"\n" not in self._buffer:
-            left = deadline - time.monotonic()
-            if left <= 0 or not select.select([descriptor], [], [], left)[0]:
-                self._fail(f"no answer within {timeout:g} s")
-            piece = os.read(descriptor, 1 << 16)
-            if not piece:
-                self._settle(10.0)
-                self._end()
-                self._fail(f"the worker ended with status {self._process.returncode}")
-            self._buffer += piece
-        line, _, self._buffer = self._buffer.partition(b"\n")
-        try:
-            answer = json.loads(line)
-        except ValueError:
-            answer = None
-        if not isinstance(answer, dict):
-            self._fail(f"expected a JSON object, got {line[:200]!r}")
-        return answer
-
-    def _fail(self, message: str) -> Any:
-        self._end()
-        lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
-        told = "\n    ".join(["", f"last lines of {self._log}:", *lines]) if lines else ""
-        raise PeerError(f"{self._label}: {message}{told}")
-
-    def _settle(self, timeout: float) -> None:
-        """Wait for the worker to end by itself; not reaped, its group's id stays its own."""
-        deadline = time.monotonic() + timeout
-        options = os.WEXITED | os.WNOWAIT | os.WNOHANG
-        while os.waitid(os.P_PID, self._process.pid, options) is None:
-            if time.monotonic() > deadline:
-                return
-            time.sleep(0.01)
-
-    def _end(self) -> None:
-        """Kill what is left of the worker and its children, and release the pipes; once."""
-        if self._ended:
-            return
-        self._ended = True
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(OSError):
-                    pipe.close()
 
 
 def _spec(name: str) -> Spec:

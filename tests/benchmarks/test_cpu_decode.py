@@ -14,9 +14,9 @@ from rich.console import Console
 from benchmarks import cpu_decode, text_gate
 from benchmarks.cpu_decode import first_round, measure, summarise
 from benchmarks.decode_sides import OURS, Ours, check_ours
-from benchmarks.peers.client import PeerError
 from benchmarks.peers.lora import RANK
 from benchmarks.text_gate import Gate
+from benchmarks.worker_process import WorkerError
 from fssa_kernels.native import NATIVE
 from fssa_runtime.models.language_model import LanguageModel
 from tests.runtime.models import write_model
@@ -168,7 +168,7 @@ class RowMissing(FakePeer):
 
 class Dies(FakePeer):
     def prefill(self, prompt: list[int]) -> Decoded:
-        raise PeerError("the worker ended")
+        raise WorkerError("the worker ended")
 
 
 def test_peers_are_judged_at_every_batch_size_and_left_out_if_they_fail(
@@ -244,7 +244,7 @@ class FailingPeer:
     def decode(self, batch: int, prompt: list[int], new: int) -> Decoded:
         self.calls += 1
         if self.calls == 4:
-            raise PeerError("no more")
+            raise WorkerError("no more")
         return Decoded([])
 
     def prefill(self, prompt: list[int]) -> Decoded:
@@ -266,7 +266,7 @@ def test_what_was_measured_before_a_run_ends_is_whole(monkeypatch: pytest.Monkey
         console=Console(file=io.StringIO()),
     )
     kept = copy.deepcopy(next(rounds))
-    with pytest.raises(PeerError, match="no more"):
+    with pytest.raises(WorkerError, match="no more"):
         next(rounds)
     assert {batch: set(map(len, sides.values())) for batch, sides in kept["decode"].items()} == {
         "1": {1},

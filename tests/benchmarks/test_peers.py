@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 from benchmarks.peers import client
-from benchmarks.peers.client import PEERS, ROOT, Peer, PeerError, Spec, available
+from benchmarks.peers.client import PEERS, ROOT, Peer, Spec, available
 from benchmarks.peers.play import Ask
+from benchmarks.worker_process import WorkerError
 
 MODULE = "tests.benchmarks.fake_peer"
 Start = Callable[..., Peer]
@@ -110,14 +111,14 @@ def test_a_peer_serves_requests_as_they_come(start: Start) -> None:
 
 def test_an_answer_that_lacks_a_token_is_refused(start: Start) -> None:
     peer = start("lazy")
-    with pytest.raises(PeerError, match="did not write the tokens"):
+    with pytest.raises(WorkerError, match="did not write the tokens"):
         peer.serve([Ask(0.0, 0, [1], 2), Ask(0.0, 0, [1], 2)], concurrency=1, step_tokens=8)
     assert ended(peer._process.pid)
 
 
 def test_a_peer_that_cannot_batch_continuously_says_so(start: Start) -> None:
     peer = start("alone")
-    with pytest.raises(PeerError, match="fake does not batch continuously"):
+    with pytest.raises(WorkerError, match="fake does not batch continuously"):
         peer.serve([Ask(0.0, 0, [1], 2)], concurrency=1, step_tokens=8)
     assert "packs all requests into one row" in str(available("peft", serving=True))
 
@@ -137,26 +138,26 @@ def test_a_closed_peer_has_ended_and_says_so(start: Start) -> None:
     peer.close()
     assert peer._process.returncode == 0, "the worker was asked to exit, not killed"
     assert ended(pid)
-    with pytest.raises(PeerError, match="has ended"):
+    with pytest.raises(WorkerError, match="has ended"):
         peer.prefill([1])
 
 
 def test_an_error_of_the_engine_reaches_the_caller_and_ends_the_worker(start: Start) -> None:
     peer = start("raises")
-    with pytest.raises(PeerError, match=r"decode failed: RuntimeError: no such sequence"):
+    with pytest.raises(WorkerError, match=r"decode failed: RuntimeError: no such sequence"):
         peer.decode(batch=1, prompt=[1], new_tokens=1)
     assert ended(peer._process.pid)
 
 
 def test_a_worker_that_dies_is_reported_with_its_status_and_last_words(start: Start) -> None:
     peer = start("dies")
-    with pytest.raises(PeerError, match=r"ended with status 7(.|\n)*about to die"):
+    with pytest.raises(WorkerError, match=r"ended with status 7(.|\n)*about to die"):
         peer.decode(batch=1, prompt=[1], new_tokens=1)
 
 
 def test_a_worker_that_hangs_is_ended_with_its_children(start: Start, tmp_path: Path) -> None:
     peer = start("hangs", timeout=2.0)
-    with pytest.raises(PeerError, match=r"no answer within 2 s"):
+    with pytest.raises(WorkerError, match=r"no answer within 2 s"):
         peer.decode(batch=1, prompt=[1], new_tokens=1)
     pids = [int(word) for word in (tmp_path / "marker").read_text().split()]
     assert len(pids) == 2
@@ -197,7 +198,7 @@ Peer("fake", model=folder, folder=folder).decode(batch=1, prompt=[1], new_tokens
     ],
 )
 def test_a_worker_that_does_not_start_is_ended(start: Start, mode: str, message: str) -> None:
-    with pytest.raises(PeerError, match=message):
+    with pytest.raises(WorkerError, match=message):
         start(mode, start_timeout=2.0 if mode == "slow-start" else 60.0)
 
 
@@ -221,7 +222,7 @@ def test_an_absent_peer_is_reported_and_never_guessed(
 ) -> None:
     monkeypatch.setitem(PEERS, "fake", Spec("fake", MODULE))
     assert "there is no environment" in str(available("fake", folder=tmp_path))
-    with pytest.raises(PeerError, match="there is no environment"):
+    with pytest.raises(WorkerError, match="there is no environment"):
         Peer("fake", model=tmp_path, folder=tmp_path)
     make_environment(tmp_path, finished=False)
     assert "did not finish" in str(available("fake", folder=tmp_path))

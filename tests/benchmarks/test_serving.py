@@ -19,12 +19,13 @@ import torch
 from rich.console import Console
 
 from benchmarks import readme_tables, serving, serving_sides, text_gate
-from benchmarks.peers import client, lora
-from benchmarks.peers.client import PEERS, PeerError, Spec, start
+from benchmarks.peers import lora
+from benchmarks.peers.client import PEERS, Spec, start
 from benchmarks.peers.play import Ask, Played, play
 from benchmarks.serving import Benchmark, Served, asks, parse
 from benchmarks.serving_sides import ALONE, SIDES, Side
 from benchmarks.text_gate import Gate
+from benchmarks.worker_process import WorkerError
 from fssa_runtime.planning.trace import Arrival
 from tests.benchmarks.test_peers import MODULE, make_environment
 
@@ -226,7 +227,7 @@ def make_benchmark(speeds: dict[str, float], arguments: Sequence[str] = ()) -> A
         def run(asked: Sequence[Ask], come_back: bool) -> Played:
             calls.append((name, len(asked), come_back))
             if name == "broken":
-                raise client.PeerError("broken: the worker has ended")
+                raise WorkerError("broken: the worker has ended")
             total, now, times = 0, 0.0, []
             for one in asked:
                 now = max(now, one.time)
@@ -315,7 +316,7 @@ def test_what_was_measured_before_a_peer_died_is_written(
 
     def died(kind: str, rate: float) -> dict[str, Any]:
         if len(opened) == loads:
-            raise PeerError("vllm: the worker has ended")
+            raise WorkerError("vllm: the worker has ended")
         opened.append(kind)
         return measured(kind, rate)
 
