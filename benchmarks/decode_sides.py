@@ -189,7 +189,8 @@ class Limits:
             passes += 1
         return passes * memory.numel() / (time.perf_counter() - start)
 
-    def barrier(self) -> float:
+    @staticmethod
+    def barrier() -> float:
         """Seconds of a barrier, in which threads' cores read what others have written. It tells
         how far apart the cores are."""
         assert NATIVE is not None
