@@ -5,6 +5,11 @@ namespace FSSA_ISA {
 
 constexpr int64_t kLineBytes = 64;
 
+// From p to where a line begins.
+FSSA_INLINE int64_t bytes_to_line(const void* p) {
+  return -reinterpret_cast<intptr_t>(p) & (kLineBytes - 1);
+}
+
 // Rows that every thread reads next, stored past the caches: a store that takes whole lines waits for
 // none to be given up. It needs whole lines and another thread that reads them.
 class RowsForOthers {
