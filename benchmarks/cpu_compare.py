@@ -10,7 +10,7 @@ random order. Where a process's memory lies counts as well, so both are started 
 
 Whether the cores were near each other or apart, which on a guest of a larger machine changes too,
 is told by a barrier before a round of about a second and after it: rounds in which it was neither
-are left out. The file is written anew after every start, with every round.
+are left out. The file is written anew after every start, with the whole steps of every round.
 """
 
 from __future__ import annotations
@@ -225,6 +225,30 @@ def _summary(by_start: Sequence[Sequence[Times]]) -> dict[str, Any]:
     }
 
 
+def written(result: Mapping[str, Any]) -> bytes:
+    """The result as a file keeps it: of every round the whole steps, by part their medians alone."""
+    starts = [
+        {
+            "first": begun["first"],
+            "rounds": {
+                batch: [
+                    {
+                        "barrier_s": one["barrier_s"],
+                        "ms": {
+                            side: {row: times["sum"] for row, times in rows.items()}
+                            for side, rows in one["ms"].items()
+                        },
+                    }
+                    for one in rounds
+                ]
+                for batch, rounds in begun["rounds"].items()
+            },
+        }
+        for begun in result["starts"]
+    ]
+    return f"{json.dumps({**result, 'starts': starts}, indent=1)}\n".encode()
+
+
 def show(summary: Mapping[str, Any], console: Console) -> None:
     """The summary as tables."""
     for batch, states in summary.items():
@@ -323,7 +347,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             result["starts"].append(begun)
             result["summary"] = summarise(result["starts"])
             if options.json is not None:
-                write_atomically(options.json, f"{json.dumps(result, indent=1)}\n".encode())
+                write_atomically(options.json, written(result))
     except (KeyboardInterrupt, WorkerError) as error:
         status = 130 if isinstance(error, KeyboardInterrupt) else 1
         done = f"ended after start {len(result['starts'])} of {options.starts}"

@@ -139,6 +139,10 @@ def test_both_builds_are_timed_and_each_is_first_in_turn(
     result = json.loads(target.read_text())
     assert [begun["first"] for begun in result["starts"]] == ["other", "this"]
     for batch in ("1", "3"):
+        for begun in result["starts"]:
+            assert begun["rounds"][batch]
+            for one in begun["rounds"][batch]:
+                assert min(min(rows.values()) for rows in one["ms"].values()) > 0
         near = result["summary"][batch]["near"]
         assert near["starts"] == 2
         for side in SIDES:
