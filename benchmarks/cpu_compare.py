@@ -226,7 +226,7 @@ def _summary(by_start: Sequence[Sequence[Times]]) -> dict[str, Any]:
 
 
 def written(result: Mapping[str, Any]) -> bytes:
-    """The result as a file keeps it: of every round the whole steps, by part their medians alone."""
+    """The result as a file keeps it: the whole steps of every round, and of parts the medians."""
     starts = [
         {
             "first": begun["first"],

@@ -27,6 +27,14 @@ struct Ahead {
   Request queued = Request::kFirst;  // how the queue is asked for
 };
 
+// Requests for what a queue from `spans` to `end` has, beside something short: A of a low-rank term, keys
+// and values. With a small first-level cache those into the second one were faster (Zen 4).
+FSSA_INLINE Ahead requests_for(Span* spans, Span* end) {
+  Ahead ahead{nullptr, nullptr, spans, end, false};
+  if (has_small_first_cache()) ahead.queued = Request::kSecond;
+  return ahead;
+}
+
 constexpr int64_t kStepBytes = kPanelColumns * 4;
 constexpr int64_t kLongestStep = kUnitBytes;  // of compressed weights
 

@@ -182,8 +182,7 @@ FSSA_INLINE void shrink(const ModulatedLinearCall& a, const Input<X>& input, int
   const Range mine = team.share(tiles * halves * pieces);
   const Runs rows(num_tokens, tiles);
   FirstReads& due = team.due();
-  Ahead ahead{nullptr, nullptr, due.begin(), due.end(), false};
-  if (has_small_first_cache()) ahead.queued = Request::kSecond;
+  Ahead ahead = requests_for(due.begin(), due.end());
   for (int64_t i = mine.first; i < mine.last; ++i) {
     const int64_t tile = i / pieces / halves, half = i / pieces % halves, piece = i % pieces;
     const int64_t first = rows.begin(tile), last = rows.begin(tile + 1);

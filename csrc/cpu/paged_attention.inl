@@ -326,14 +326,6 @@ FSSA_INLINE Span* spans_of(const AttentionCall& a, const void* cache, const Atte
   return end;
 }
 
-// Requests for keys and values that are read next, from `spans` to `end`. With a small first-level cache
-// those into the second one were faster, the more so the more keys there are (Zen 4).
-FSSA_INLINE Ahead requests_for(Span* spans, Span* end) {
-  Ahead ahead{nullptr, nullptr, spans, end, false};
-  if (has_small_first_cache()) ahead.queued = Request::kSecond;
-  return ahead;
-}
-
 // A piece takes a block in: scores of all its KV heads, then their softmax, then their values, since
 // within one head each needs the one before. Meanwhile as many bytes are brought as it reads: its
 // values while keys are turned round and scored, the next block's keys during the mixing. Both
