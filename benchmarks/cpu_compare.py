@@ -321,7 +321,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     folders = {"other": other, "this": ROOT}
     result: dict[str, Any] = {
-        "machine": machine(),
+        "machine": machine()
+        | {"instruction_set": options.instruction_set or NATIVE.instruction_set()},
         "model": options.model,
         "rank": RANK,
         "keys": options.keys,

@@ -28,7 +28,7 @@ struct Ahead {
 };
 
 // Requests for what a queue from `spans` to `end` has, beside something short: A of a low-rank term, keys
-// and values. With a small first-level cache those into the second one were faster (Zen 4).
+// and values. With a small first-level cache those into the second one were faster for the latter (Zen 4).
 FSSA_INLINE Ahead requests_for(Span* spans, Span* end) {
   Ahead ahead{nullptr, nullptr, spans, end, false};
   if (has_small_first_cache()) ahead.queued = Request::kSecond;

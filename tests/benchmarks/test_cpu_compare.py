@@ -137,6 +137,7 @@ def test_both_builds_are_timed_and_each_is_first_in_turn(
     arguments += ["--starts", "2", "--seconds", "0.05", "--json", str(target)]
     assert cpu_compare.main([*arguments, "--instruction-set", "portable"]) == 0
     result = json.loads(target.read_text())
+    assert result["machine"]["instruction_set"] == "portable"
     assert [begun["first"] for begun in result["starts"]] == ["other", "this"]
     for batch in ("1", "3"):
         for begun in result["starts"]:
