@@ -10,7 +10,7 @@ import pytest
 
 from fssa_runtime.cli import _parser, main
 
-TEXT = (Path(__file__).resolve().parents[2] / "docs" / "INTEGRATIONS.md").read_text("utf-8")
+TEXT = (Path(__file__).resolve().parents[3] / "docs" / "INTEGRATIONS.md").read_text("utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
 COMMANDS = re.findall(r"^    fssa (.*)$", TEXT, flags=re.MULTILINE)
 

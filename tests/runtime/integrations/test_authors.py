@@ -25,8 +25,8 @@ from fssa_runtime.integrations.authors import import_authors
 from fssa_runtime.models.language_model import LanguageModel
 from fssa_runtime.models.packed import PackedOptions
 
-from .conditioned import small_model
-from .models import reference_model
+from ..conditioned import small_model
+from ..models import reference_model
 
 E, HIDDEN, RANK = 12, 16, 3
 CONFIG: dict[str, Any] = {

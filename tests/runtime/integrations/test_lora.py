@@ -27,7 +27,7 @@ from fssa_runtime.models.language_model import LanguageModel
 from fssa_runtime.models.packed import PackedOptions
 from fssa_runtime.users.examples import ExampleUser, write_users
 
-from .conditioned import (
+from ..conditioned import (
     CHOICES,
     FAMILIES,
     LATENT_DIM,
@@ -35,7 +35,7 @@ from .conditioned import (
     random_row,
     small_model,
 )
-from .models import reference_model
+from ..models import reference_model
 
 TOKENS = torch.randint(0, 256, (1, 13), generator=torch.Generator().manual_seed(2))
 TWO_RANKS: list[dict[str, Any]] = [
@@ -48,11 +48,6 @@ TWO_RANKS: list[dict[str, Any]] = [
 @pytest.fixture(autouse=True)
 def _two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FAMILIES, "two-ranks", TWO_RANKS)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
-    return small_model(tmp_path_factory.mktemp("base") / "model")
 
 
 def logits_of_rows(
