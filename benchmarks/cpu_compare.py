@@ -35,14 +35,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.cpu_decode import machine
+from benchmarks import cpu_command
 from benchmarks.cpu_profile import ROWS
 from benchmarks.decode_sides import Limits
 from benchmarks.modulated import RANK
 from benchmarks.worker_process import WorkerError, WorkerProcess
 from fssa_kernels.native import NATIVE
 from fssa_runtime.files import write_atomically
-from fssa_runtime.models.pull import DEFAULT_MODEL
 from fssa_runtime.threads import set_threads
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -96,9 +95,9 @@ def built(
 
 
 def described(folder: Path) -> str:
-    """The commit of a checkout, with a word where it has been changed; or its path without one."""
+    """The commit of a checkout, with a word where it has been changed; without one its name."""
     found = _git(folder, "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*")
-    return found.stdout.decode().strip() or str(folder)
+    return found.stdout.decode().strip() or folder.name
 
 
 def _git(folder: Path, *arguments: str) -> subprocess.CompletedProcess[bytes]:
@@ -282,25 +281,17 @@ def _with_error(value: Mapping[str, float | None]) -> str:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = cpu_command.parser("cpu_compare", __doc__, written="after every start")
     parser.add_argument("other", help="a revision, or the folder of a checkout that is built")
-    parser.add_argument("--batch", default="1,8,32", help="comma-separated batch sizes")
     parser.add_argument("--keys", type=int, default=80, help="keys of every row (80)")
     parser.add_argument("--starts", type=int, default=4, help="of both processes (4)")
     parser.add_argument(
         "--seconds", type=float, default=30.0, help="of a batch size, every start (30)"
     )
-    parser.add_argument("--threads", type=int, default=None, help="default: physical cores")
     parser.add_argument("--instruction-set", help="of the kernels (default: the best here)")
-    parser.add_argument("--model", default=DEFAULT_MODEL)
-    parser.add_argument("--json", type=Path, help="where the result goes, after every start")
     options = parser.parse_args(arguments)
-    try:
-        options.batch = [int(size) for size in options.batch.split(",")]
-    except ValueError:
-        parser.error(f"--batch: expected numbers, got {options.batch!r}")
-    if min([*options.batch, options.keys, options.starts]) < 1 or not options.seconds > 0:
-        parser.error("sizes, starts and seconds must be positive")
+    if min(options.keys, options.starts) < 1 or not options.seconds > 0:
+        parser.error("keys, starts and seconds must be positive")
     return options
 
 
@@ -308,9 +299,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the comparison."""
     options = parse(arguments)
     console = Console()
-    if NATIVE is None:
-        console.print("the native kernels are not built: nothing to measure")
+    if not cpu_command.kernels_are_built(console):
         return 1
+    assert NATIVE is not None
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
     set_threads(options.threads)
@@ -321,7 +312,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     folders = {"other": other, "this": ROOT}
     result: dict[str, Any] = {
-        "machine": machine()
+        "machine": cpu_command.machine()
         | {"instruction_set": options.instruction_set or NATIVE.instruction_set()},
         "model": options.model,
         "rank": RANK,

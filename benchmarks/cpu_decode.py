@@ -22,9 +22,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import platform
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -35,15 +33,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import cpu_command
 from benchmarks.decode_sides import OURS, Limits, Ours, check_ours
 from benchmarks.modulated import RANK
 from benchmarks.peers.client import FOLDER, Peer, start
 from benchmarks.text_gate import Gate, wear_adapters
 from benchmarks.worker_process import WorkerError
-from fssa_kernels.native import NATIVE
 from fssa_runtime.files import write_atomically
 from fssa_runtime.models.language_model import LanguageModel
-from fssa_runtime.models.pull import DEFAULT_MODEL
 from fssa_runtime.threads import set_threads
 
 PEERS = {
@@ -235,58 +232,25 @@ def show(summary: dict[str, Any], absent: dict[str, str], console: Console) -> N
         console.print(f"{name}: not measured ({reason})")
 
 
-def machine() -> dict[str, Any]:
-    """What a result was measured on, and from which commit."""
-    assert NATIVE is not None
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    names = (
-        [
-            line.split(":", 1)[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ]
-        if Path("/proc/cpuinfo").exists()
-        else []
-    )
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "threads": torch.get_num_threads(),
-        "instruction_set": NATIVE.instruction_set(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "commit": commit,
-    }
-
-
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = cpu_command.parser("cpu_decode", __doc__, written="after every round")
     parser.add_argument(
         "--peers",
         default="llama.cpp,vllm,hf,peft",
         help=f"comma-separated, of {', '.join(PEERS)}; empty for none",
     )
     parser.add_argument("--peers-folder", type=Path, default=FOLDER, help="of setup.sh")
-    parser.add_argument("--batch", default="1,8,32", help="comma-separated batch sizes")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--prefill-tokens", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=None, help="default: physical cores")
-    parser.add_argument("--model", default=DEFAULT_MODEL)
-    parser.add_argument("--json", type=Path, help="where the result goes, after every round")
     options = parser.parse_args(arguments)
     options.peers = [name for name in options.peers.split(",") if name]
     unknown = sorted(set(options.peers) - set(PEERS))
     if unknown:
         parser.error(f"--peers: expected some of {', '.join(PEERS)}, got {', '.join(unknown)}")
-    try:
-        options.batch = [int(size) for size in options.batch.split(",")]
-    except ValueError:
-        parser.error(f"--batch: expected numbers, got {options.batch!r}")
-    if min([*options.batch, options.new_tokens, options.prefill_tokens, options.rounds]) < 1:
-        parser.error("sizes, tokens and rounds must be at least 1")
+    if min(options.new_tokens, options.prefill_tokens, options.rounds) < 1:
+        parser.error("tokens and rounds must be at least 1")
     return options
 
 
@@ -294,8 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; 1 where a gate of ours fails, or a peer that had passed its own."""
     options = parse(arguments)
     console = Console()
-    if NATIVE is None:
-        console.print("the native kernels are not built: nothing to measure")
+    if not cpu_command.kernels_are_built(console):
         return 1
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
@@ -326,7 +289,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         absent |= failed
         del gate  # its two models are wanted no more
         result: dict[str, Any] = {
-            "machine": machine(),
+            "machine": cpu_command.machine(),
             "model": options.model,
             "rank": RANK,
             "prompt_tokens": len(prompt),

@@ -10,27 +10,24 @@ against, what they read from memory, and how long a barrier takes.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.cpu_decode import machine
+from benchmarks import cpu_command
 from benchmarks.decode_sides import PAGE, Limits, Ours
 from benchmarks.modulated import RANK
 from fssa_kernels.native import NATIVE
 from fssa_runtime.engine.step_inputs import Row
 from fssa_runtime.models.language_model import LanguageModel
-from fssa_runtime.models.pull import DEFAULT_MODEL
 from fssa_runtime.request import SamplingParams
 from fssa_runtime.threads import set_threads
 
@@ -120,27 +117,19 @@ def products_rate(ours: Ours, row: str, batch: int, step: dict[str, float]) -> f
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the profile."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--batch", default="1,8,32", help="comma-separated batch sizes")
+    parser = cpu_command.parser("cpu_profile", __doc__, written="in the end")
     parser.add_argument("--keys", type=int, default=80, help="keys of every row (80)")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=None, help="default: physical cores")
     parser.add_argument(
         "--instruction-set", help="of the kernels: avx2 or portable, say (default: the best here)"
     )
-    parser.add_argument("--model", default=DEFAULT_MODEL)
-    parser.add_argument("--json", type=Path, help="where the result goes")
     options = parser.parse_args(arguments)
     console = Console()
-    if NATIVE is None:
-        console.print("the native kernels are not built: nothing to measure")
+    if not cpu_command.kernels_are_built(console):
         return 1
-    try:
-        batches = [int(size) for size in options.batch.split(",")]
-    except ValueError:
-        parser.error(f"--batch: expected numbers, got {options.batch!r}")
-    if min([*batches, options.keys, options.rounds]) < 1:
-        parser.error("sizes and rounds must be at least 1")
+    assert NATIVE is not None
+    if min(options.keys, options.rounds) < 1:
+        parser.error("keys and rounds must be at least 1")
     if options.instruction_set is not None:
         try:
             NATIVE.set_instruction_set(options.instruction_set)
@@ -151,11 +140,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     most = model.decoder.config.max_positions
     if options.keys > most:
         parser.error(f"--keys: expected at most the model's {most} positions, got {options.keys}")
-    ours = Ours(model, max(batches), 512, max(256, options.keys))
+    ours = Ours(model, max(options.batch), 512, max(256, options.keys))
     fill_caches(ours)
     limits = Limits()
     result: dict[str, Any] = {
-        "machine": machine(),
+        "machine": cpu_command.machine(),
         "model": options.model,
         "rank": RANK,
         "keys": options.keys,
@@ -167,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "between_steps": {},
         "raw": {},
     }
-    for batch in batches:
+    for batch in options.batch:
         raw: dict[str, list[dict[str, float]]] = {row: [] for row in ROWS}
         between: dict[str, list[float]] = {row: [] for row in ROWS}
         rates: list[float] = []

@@ -34,7 +34,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.cpu_decode import machine
+from benchmarks.cpu_command import machine
 from benchmarks.peers.client import FOLDER, start
 from benchmarks.peers.play import Ask, Played
 from benchmarks.serving_sides import ALONE, PEERS, SIDES, Ours, Side, peer_side

@@ -21,7 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.cpu_decode import machine
+from benchmarks.cpu_command import machine, numbers
 from benchmarks.text_population import ROOT, answers_of
 from fssa_runtime import LLM
 from fssa_runtime.conditioning.beliefs import update_belief
@@ -89,15 +89,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--known", default="1,10,30", help="choices made before (1,10,30)")
+    parser.add_argument(
+        "--known", type=numbers(0), default="1,10,30", help="choices made before (1,10,30)"
+    )
     parser.add_argument("--repeats", type=int, default=7, help="other choices each time (7)")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--threads", type=int, help="default: the physical cores")
     parser.add_argument("--json", type=Path, help="where the result goes")
     options = parser.parse_args(arguments)
-    known = [int(n) for n in options.known.split(",")]
-    if min(known) < 0 or options.repeats < 1:
-        parser.error("--known, --repeats: expected no negative number, and at least one time")
+    known = options.known
+    if options.repeats < 1:
+        parser.error(f"--repeats: expected at least 1, got {options.repeats}")
     set_threads(options.threads)
     llm = LLM(DEFAULT_MODEL, dtype=options.dtype)
     choices = sampled_choices(max(known) + options.repeats)

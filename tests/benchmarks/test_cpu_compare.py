@@ -73,6 +73,11 @@ def test_a_checkout_is_named_by_its_commit_and_whether_it_was_changed(repository
     assert built(str(repository), Console()) == (repository, f"{commit}-dirty")
 
 
+def test_a_checkout_without_a_commit_goes_by_its_name_and_no_path(tmp_path: Path) -> None:
+    (tmp_path / "unpacked").mkdir()
+    assert built(str(tmp_path / "unpacked"), Console()) == (tmp_path / "unpacked", "unpacked")
+
+
 def test_a_round_has_the_median_of_as_many_turns_of_every_side_and_row() -> None:
     turns: Counter[tuple[str, str]] = Counter()
 
@@ -171,9 +176,16 @@ def test_kernels_of_another_build_are_not_taken_for_those_that_were_asked_for(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--batch", "many"], "--batch: expected numbers, got 'many'"),
-        (["--starts", "0"], "sizes, starts and seconds must be positive"),
-        (["--seconds", "nan"], "sizes, starts and seconds must be positive"),
+        (
+            ["--batch", "many"],
+            "--batch: expected numbers from 1 on, got 'many'",
+        ),
+        (
+            ["--batch", "8,0"],
+            "--batch: expected numbers from 1 on, got '8,0'",
+        ),
+        (["--starts", "0"], "keys, starts and seconds must be positive"),
+        (["--seconds", "nan"], "keys, starts and seconds must be positive"),
     ],
 )
 def test_bad_arguments(

@@ -44,7 +44,8 @@ def test_what_a_signal_s_handler_raises_ends_a_replay(num_threads):
     chain = Chain()
     graph = chain.record()
     rows = chain.fill(STEPS["all"])
-    repeats = repeats_of(graph, rows, 20)
+    whole = 60.0  # seconds; where others want the cores as well, a replay takes longer to stop
+    repeats = repeats_of(graph, rows, whole)
 
     def stop():
         raise KeyboardInterrupt
@@ -53,7 +54,7 @@ def test_what_a_signal_s_handler_raises_ends_a_replay(num_threads):
         start = time.perf_counter()
         with pytest.raises(KeyboardInterrupt), called_at_a_signal(stop):
             graph.profile(repeats, **rows)
-        assert time.perf_counter() - start < 5
+        assert time.perf_counter() - start < whole / 3
     check_replay_is_eager(chain, graph, STEPS["all"])
 
 
