@@ -167,18 +167,17 @@ struct Runs {
 
 FSSA_INLINE int64_t num_tiles(int64_t num_tokens) { return (num_tokens + kMaxRows - 1) / kMaxRows; }
 
-// Whether threads share out the parts of A as well: a single tile has fewer halves than there may be
-// threads.
-FSSA_INLINE bool shrinks_in_parts(const ModulatedLinearCall& a, int64_t num_tokens) {
-  return a.family != Family::kNone && a.family != Family::kFactors && num_tokens <= kMaxRows &&
-         a.shrink_parts() > 1;
+// In how many pieces threads share out a tile's half of A: its parts where there is a single tile, which
+// has fewer halves than there may be threads.
+FSSA_INLINE int64_t shrink_pieces(const ModulatedLinearCall& a, int64_t num_tokens) {
+  return num_tokens <= kMaxRows ? a.shrink_parts() : 1;
 }
 
 template <typename A, typename X>
 FSSA_INLINE void shrink(const ModulatedLinearCall& a, const Input<X>& input, int64_t num_tokens,
                         Team& team) {
   const int64_t halves = a.shrink_halves(), tiles = num_tiles(num_tokens);
-  const int64_t parts = a.shrink_parts(), pieces = shrinks_in_parts(a, num_tokens) ? parts : 1;
+  const int64_t parts = a.shrink_parts(), pieces = shrink_pieces(a, num_tokens);
   const Range mine = team.share(tiles * halves * pieces);
   const Runs rows(num_tokens, tiles);
   FirstReads& due = team.due();
@@ -235,7 +234,7 @@ FSSA_INLINE void low_rank(const ModulatedLinearCall& a, const Input<X>& input, i
     team.barrier();
     const Range mine = team.share(num_tokens);
     for (int64_t t = mine.first; t < mine.last; ++t) {
-      if (shrinks_in_parts(a, num_tokens)) add_parts<X>(a, a.low_rank, t);
+      if (shrink_pieces(a, num_tokens) > 1) add_parts<X>(a, a.low_rank, t);
       mix<X>(a, t);
     }
   }
@@ -246,7 +245,8 @@ FSSA_INLINE void low_rank(const ModulatedLinearCall& a, const Input<X>& input, i
 template <typename X>
 FSSA_INLINE const float* low_rank_of(const ModulatedLinearCall& a, int64_t num_tokens,
                                      const Team& team) {
-  if (!shrinks_in_parts(a, num_tokens) || a.family == Family::kCore) return a.low_rank;
+  const bool in_parts = a.has_common_factors() && shrink_pieces(a, num_tokens) > 1;
+  if (!in_parts || a.family == Family::kCore) return a.low_rank;
   float* const own = a.own + team.index() * kMostRows * a.width();
   for (int64_t t = 0; t < num_tokens; ++t) add_parts<X>(a, own, t);
   return own;
@@ -316,7 +316,7 @@ FSSA_INLINE void expand_own(const ModulatedLinearCall& a, const float* low_rank,
 
 // Asks for one panel of B, too short for the machine's own prefetcher to notice.
 FSSA_INLINE void fetch_expand(const ModulatedLinearCall& a, int64_t panel) {
-  if (a.family == Family::kNone || a.family == Family::kFactors) return;
+  if (!a.has_common_factors()) return;
   const char* b = a.expand_panel(panel);
   for (int64_t i = 0; i < a.expand_bytes(); i += 64) prefetch(b + i);
 }

@@ -85,18 +85,19 @@ void ModulatedLinearCall::check() const {
         std::string("modulated_linear: expected matrices that are not compressed for ") +
         kernels().name + ", got one that was packed for another instruction set");
   }
-  if (slots == nullptr || family == Family::kNone || family == Family::kStatic) return;
-  IndexCheck{"modulated_linear", "slots", slots, 0, num_users}.run(count.get());
+  if (reads_slots()) {
+    IndexCheck{"modulated_linear", "slots", slots, 0, num_users}.run(count.get());
+  }
 }
 
 std::vector<int64_t> ModulatedLinearCall::check_key() const {
-  const bool unread = slots == nullptr || family == Family::kNone || family == Family::kStatic;
-  return {key(unread ? nullptr : slots), num_users, key(count.variable), count.fixed, compressed()};
+  const void* const read = reads_slots() ? slots : nullptr;
+  return {key(read), num_users, key(count.variable), count.fixed, compressed()};
 }
 
 FirstReads ModulatedLinearCall::first_reads(const Team& team) const {
   FirstReads reads;
-  if (family != Family::kNone && family != Family::kFactors) {
+  if (has_common_factors()) {
     // Tile after tile of the shrink reads another half of A, from the first one round to it again. Of
     // a single tile threads read a panel after the other.
     const int64_t rows = kernels().max_rows, tiles = (count.get() + rows - 1) / rows;

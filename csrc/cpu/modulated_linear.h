@@ -126,6 +126,13 @@ struct ModulatedLinearCall final : Call {
   Epilogue epilogue = Epilogue::kNone;
   RowCount count;
 
+  // Whether there is a low-rank term whose A and B, packed, are the same for all rows.
+  bool has_common_factors() const {
+    return family != Family::kNone && family != Family::kFactors;
+  }
+  bool reads_slots() const {
+    return slots != nullptr && family != Family::kNone && family != Family::kStatic;
+  }
   int64_t width() const { return num_splits * rank; }
   int64_t num_panels() const { return num_halves / 2; }
   bool compressed() const {

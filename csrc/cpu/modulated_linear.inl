@@ -185,12 +185,10 @@ template <typename T, typename X, typename Ready>
 FSSA_INLINE void product(const ModulatedLinearCall& a, const Input<X>& input, int64_t num_tokens,
                          Team& team, const Ready& ready) {
   const Tiles tiles(a.num_panels(), num_tokens, a.in_features * static_cast<int64_t>(sizeof(X)));
-  const bool shrinks = a.family != Family::kNone && a.family != Family::kFactors;
   // A tile is two halves wide.
-  const int64_t pieces = shrinks_in_parts(a, num_tokens) ? a.shrink_parts() : 1;
-  const Range mine =
-      product_share(team, shrinks ? a.shrink_halves() * tiles.tiles * pieces : 0, 2 * pieces,
-                    tiles.size());
+  const int64_t pieces = shrink_pieces(a, num_tokens);
+  const int64_t shrunk = a.has_common_factors() ? a.shrink_halves() * tiles.tiles * pieces : 0;
+  const Range mine = product_share(team, shrunk, 2 * pieces, tiles.size());
   // Where the memory binds, a tile that was brought for one thread would cost another the same
   // again.
   const bool offered = tiles.tiles > 1 && team.size() > 1 && tiles.size() <= Share::kMaxPieces;
