@@ -176,14 +176,8 @@ def test_kernels_of_another_build_are_not_taken_for_those_that_were_asked_for(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (
-            ["--batch", "many"],
-            "--batch: expected numbers from 1 on, got 'many'",
-        ),
-        (
-            ["--batch", "8,0"],
-            "--batch: expected numbers from 1 on, got '8,0'",
-        ),
+        (["--batch", "many"], "--batch: expected numbers from 1 on, got 'many'"),
+        (["--batch", "8,0"], "--batch: expected numbers from 1 on, got '8,0'"),
         (["--starts", "0"], "keys, starts and seconds must be positive"),
         (["--seconds", "nan"], "keys, starts and seconds must be positive"),
     ],

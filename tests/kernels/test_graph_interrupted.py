@@ -44,17 +44,16 @@ def test_what_a_signal_s_handler_raises_ends_a_replay(num_threads):
     chain = Chain()
     graph = chain.record()
     rows = chain.fill(STEPS["all"])
-    whole = 60.0  # seconds; where others want the cores as well, a replay takes longer to stop
-    repeats = repeats_of(graph, rows, whole)
+    repeats = repeats_of(graph, rows, 20)
 
     def stop():
         raise KeyboardInterrupt
 
     for _ in range(3):
-        start = time.perf_counter()
+        start = time.thread_time()  # not that of others who want the cores as well
         with pytest.raises(KeyboardInterrupt), called_at_a_signal(stop):
             graph.profile(repeats, **rows)
-        assert time.perf_counter() - start < whole / 3
+        assert time.thread_time() - start < 5
     check_replay_is_eager(chain, graph, STEPS["all"])
 
 
