@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fssa_kernels.dispatch import Backend, OpEntry, enrol, select
 from fssa_kernels.native import CURRENT
@@ -20,7 +21,8 @@ class Op:
     `prepare` checks the public arguments and returns the operator's positional ones, the last of
     which names the backend. `fake` returns outputs of the right shape, dtype and device without
     computing. `save` (torch's setup_context) and `backward` define the gradient; an op without
-    them has none. Arguments that the schema marks, as in ``Tensor(a!) x``, are written in place.
+    them has none. Forward-mode derivatives are the reference's. Arguments that the schema marks,
+    as in ``Tensor(a!) x``, are written in place.
     """
 
     def __init__(
@@ -69,14 +71,34 @@ class Op:
         """
         if CURRENT.recorder is not None:
             return self.compute(*args)
-        if torch.compiler.is_compiling() or _is_observed(args):
+        if torch.compiler.is_compiling():
             return self.registered(*args)
-        return self.compute(*args)
+        if has_tangent(*args):
+            return self._with_tangents(*args)
+        return self.registered(*args) if _is_observed(args) else self.compute(*args)
+
+    def _with_tangents(self, *args: Any) -> Any:
+        """By the reference, whose operators pass tangents on: a custom op and a kernel of ours
+        would drop them without a word."""
+        if args[-1] not in ("auto", "reference"):
+            raise NotImplementedError(
+                f"{self.name}: backend {args[-1]!r} has no forward-mode derivative: expected "
+                "'auto' or 'reference' where a tensor has a tangent"
+            )
+        return self.compute(*args[:-1], "reference")
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd would record a call on these tensors."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def has_tangent(*args: Any) -> bool:
+    """Whether forward-mode differentiation is on and a tensor has a tangent."""
+    if forward_ad._current_level < 0:
+        return False
+    tensors = (arg for arg in args if isinstance(arg, Tensor))
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
 def _is_observed(args: tuple[Any, ...]) -> bool:

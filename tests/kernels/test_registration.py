@@ -5,11 +5,13 @@ import sys
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fssa_kernels
 from fssa_kernels.dispatch import lookup
+from fssa_kernels.native import NATIVE
 from fssa_kernels.testing import OPS, cases
 
 CASES = [case for op in OPS for case in cases(op)]
@@ -244,6 +246,52 @@ def test_compiles_for_any_number_of_tokens_and_features():
         tensors = call.tensors(inputs)
         with torch.no_grad():
             torch.testing.assert_close(compiled(*tensors), call(*tensors), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.differentiable], ids=str)
+def test_forward_mode_derivatives_are_those_of_backward(case):
+    """For every input, w . J v taken in either order."""
+    inputs = with_grad(case, torch.float64)
+    outputs = as_tuple(case.run(inputs))
+    weights = [torch.randn_like(o) for o in outputs]
+    wanted = [inputs[name] for name in case.differentiable]
+    gradients = torch.autograd.grad(outputs, wanted, weights, materialize_grads=True)
+    for name, gradient in zip(case.differentiable, gradients, strict=True):
+        plain = case.inputs(torch.float64)
+        direction = torch.randn_like(plain[name])
+        with forward_ad.dual_level():
+            plain[name] = forward_ad.make_dual(plain[name], direction)
+            tangents = [forward_ad.unpack_dual(o).tangent for o in as_tuple(case.run(plain))]
+        got = [(w * t).sum() for w, t in zip(weights, tangents, strict=True) if t is not None]
+        torch.testing.assert_close(sum(got, torch.zeros(())).double(), (gradient * direction).sum())
+
+
+@pytest.mark.parametrize("case", [c for c in TRACED if c.differentiable], ids=str)
+def test_where_a_kernel_would_drop_a_tangent_the_reference_serves(case):
+    inputs = case.inputs(torch.float32)
+    values = inputs[case.differentiable[0]]
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(values, torch.randn_like(values))
+        inputs[case.differentiable[0]] = dual
+        got, expected = (
+            forward_ad.unpack_dual(as_tuple(case.run(inputs, backend=backend))[0]).tangent
+            for backend in ("auto", "reference")
+        )
+    assert got.abs().max() > 0
+    assert torch.equal(got, expected)
+
+
+def test_a_kernel_and_a_packed_matrix_refuse_a_tangent():
+    case = TRACED[0]
+    inputs = case.inputs(torch.float32)
+    with forward_ad.dual_level():
+        inputs["x"] = forward_ad.make_dual(inputs["x"], torch.ones_like(inputs["x"]))
+        with pytest.raises(NotImplementedError, match="'triton' has no forward-mode"):
+            case.run(inputs, backend="triton")
+        if NATIVE is not None:
+            packed = fssa_kernels.pack_matrix(torch.zeros(8, inputs["x"].shape[1]))
+            with pytest.raises(RuntimeError, match="got a packed matrix"):
+                fssa_kernels.modulated_linear(inputs["x"], packed)
 
 
 def test_the_operator_itself_has_no_gradient_through_its_epilogue():

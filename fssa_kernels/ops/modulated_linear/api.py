@@ -30,7 +30,7 @@ from fssa_kernels.ops.modulated_linear.vendor_impl import (
     modulated_linear_vendor,
 )
 from fssa_kernels.packed import PackedMatrix
-from fssa_kernels.registration import Op, needs_grad
+from fssa_kernels.registration import Op, has_tangent, needs_grad
 
 _NAME = "modulated_linear"
 FAMILIES = ("none", "static", "gated", "core", "factors")
@@ -84,8 +84,9 @@ def modulated_linear(
             are rounded to bf16 before they take their input's dtype.
 
     Returns y [T,N] in x.dtype ([T,N/2] with an epilogue). Differentiable in x, weight, bias,
-    lora_a, lora_b and rows, each gradient in its input's dtype, computed only where needed. Under
-    grad an epilogue is composed after the op, so that its input need not be computed twice.
+    lora_a, lora_b and rows, each gradient in its input's dtype, computed only where needed; in
+    forward mode (a tensor has a tangent) the reference serves. Under grad an epilogue is composed
+    after the op, so that its input need not be computed twice.
 
     Deterministic. With the native backend a row's result is bitwise the same whatever rows share
     the batch; with the triton backend, in every batch that is served in the same configuration
@@ -116,7 +117,7 @@ def modulated_linear(
     packed = [name for name, matrix in matrices.items() if isinstance(matrix, PackedMatrix)]
     if packed:
         plain = [value for value in inputs[:6] if isinstance(value, Tensor)]
-        if torch.compiler.is_compiling() or needs_grad(*plain):
+        if torch.compiler.is_compiling() or needs_grad(*plain) or has_tangent(*plain):
             raise RuntimeError(
                 f"{_NAME}: {packed[0]}: expected a tensor where a gradient or a compiled graph is "
                 "wanted, got a packed matrix"
