@@ -73,7 +73,7 @@ class Op:
             return self.compute(*args)
         if torch.compiler.is_compiling():
             return self.registered(*args)
-        if has_tangent(*args):
+        if has_tangent(args):
             return self._with_tangents(*args)
         return self.registered(*args) if _is_observed(args) else self.compute(*args)
 
@@ -93,7 +93,7 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def has_tangent(*args: Any) -> bool:
+def has_tangent(args: Sequence[Any]) -> bool:
     """Whether forward-mode differentiation is on and a tensor has a tangent."""
     if forward_ad._current_level < 0:
         return False

@@ -117,7 +117,7 @@ def modulated_linear(
     packed = [name for name, matrix in matrices.items() if isinstance(matrix, PackedMatrix)]
     if packed:
         plain = [value for value in inputs[:6] if isinstance(value, Tensor)]
-        if torch.compiler.is_compiling() or needs_grad(*plain) or has_tangent(*plain):
+        if torch.compiler.is_compiling() or needs_grad(*plain) or has_tangent(plain):
             raise RuntimeError(
                 f"{_NAME}: {packed[0]}: expected a tensor where a gradient or a compiled graph is "
                 "wanted, got a packed matrix"
